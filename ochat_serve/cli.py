@@ -1,0 +1,184 @@
+"""From the command line, the environment and a YAML file to ``Settings`` and engine flags.
+
+Our flags come from the fields of ``Settings``: name, default and help stand there.  Whatever
+is not ours is vLLM's and passes through unchanged; vLLM checks it when it is loaded.  So this
+module is quick, and the port can answer before vLLM is imported.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from ochat_serve.errors import StartupError
+from ochat_serve.settings import Settings
+
+PROG = "python -m ochat_serve.openai_api_server"
+API_KEYS_VARIABLE = "OCHAT_API_KEYS"
+_EPILOG = """Every vLLM engine flag works too and is passed through unchanged
+(--tensor-parallel-size N, --max-model-len N, --dtype ...): --help=all lists them."""
+_JSON_LISTS = ("allowed_origins", "allowed_methods", "allowed_headers")
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What the user asked for.  ``notices`` are sentences to print before the start."""
+
+    settings: Settings
+    engine_flags: tuple[str, ...] = ()
+    revision: str | None = None
+    notices: tuple[str, ...] = ()
+    help_all: bool = False
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise StartupError(f"{message[:1].upper()}{message[1:]}.")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Our own flags.  ``-h`` prints them."""
+    flags = _Parser(prog=PROG, description=__doc__.split("\n")[0], epilog=_EPILOG, allow_abbrev=False)
+    flags.description = "Serve a chat model with OpenAI's API."
+    for name, field in Settings.model_fields.items():
+        flags.add_argument(_flag(name), **_argument(name, field))
+    flags.add_argument("--config", metavar="FILE", help="YAML file of flags; the command line wins.")
+    flags.add_argument("--revision", metavar="REV", help="Revision of the model on the hub.")
+    old = flags.add_argument_group("accepted from older command lines")
+    old.add_argument("--disable-log-requests", action="store_true", help="vLLM logs no requests.")
+    old.add_argument("--engine-use-ray", action="store_true", help="No effect: the engine always "
+                     "runs in a process of its own.")
+    old.add_argument("--worker-use-ray", action="store_true", help="Tensor-parallel workers run in "
+                     "Ray if it is installed, else in vLLM's own processes.")
+    return flags
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Command:
+    """Raises ``StartupError`` with one sentence, or ``SystemExit`` after printing help."""
+    flags = parser()
+    arguments = [_with_dashes(argument) for argument in argv]
+    if "--help=all" in arguments:
+        flags.print_help()
+        return Command(Settings(), help_all=True)
+    known, engine_flags = flags.parse_known_args(arguments)
+    if known.config is not None:
+        known, engine_flags = flags.parse_known_args([*config_flags(known.config), *arguments])
+    given = {name: value for name, value in vars(known).items() if value is not None}
+    given.setdefault("api_keys", _keys_from(environ))
+    fields = {name: value for name, value in given.items() if name in Settings.model_fields}
+    engine_flags, notices = _translate_old(known, engine_flags)
+    return Command(
+        settings=_settings(fields),
+        engine_flags=tuple(engine_flags),
+        revision=known.revision,
+        notices=tuple(notices),
+    )
+
+
+def config_flags(path: str) -> list[str]:
+    """The flags in a YAML file.  Raises ``StartupError``."""
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StartupError(f"--config {path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = str(error).replace("\n", " ")
+        raise StartupError(f"--config {path} is not valid YAML: {reason}.") from error
+    if loaded is not None and not isinstance(loaded, dict):
+        raise StartupError(f"--config {path} must be a mapping of flags to values.")
+    flags: list[str] = []
+    for name, value in (loaded or {}).items():
+        flags += _config_flag(str(name).replace("_", "-"), value)
+    return flags
+
+
+def _config_flag(name: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    if value is True:
+        return [f"--{name}"]
+    if value is False:
+        # Our own switches are off unless given; vLLM's have a form that turns them off.
+        return [] if name.replace("-", "_") in Settings.model_fields else [f"--no-{name}"]
+    if isinstance(value, dict) or name.replace("-", "_") in _JSON_LISTS:
+        return [f"--{name}", json.dumps(value)]
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}", str(value)]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _argument(name: str, field: FieldInfo) -> dict[str, Any]:
+    """How argparse should read one setting.  The default stays None: it stands in Settings."""
+    text = (field.description or "").replace("%", "%%")
+    if field.annotation is bool:
+        return {"action": "store_const", "const": True, "help": text}
+    if name in _JSON_LISTS:
+        return {"type": _json_list, "metavar": "JSON", "help": text}
+    if isinstance(field.default, tuple):
+        return {"nargs": "*", "metavar": name.upper(), "help": text}
+    shown = "" if field.default is None else f" (default: {field.default})"
+    return {"metavar": name.upper(), "help": text + shown}
+
+
+def _json_list(text: str) -> list[str]:
+    value = json.loads(text)  # argparse turns ValueError into its own error
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON list of strings")
+    return value
+
+
+def _with_dashes(argument: str) -> str:
+    """``--max_model_len=4096`` -> ``--max-model-len=4096``, as vLLM accepts it."""
+    match = re.match(r"--[A-Za-z0-9_-]+", argument)
+    return match[0].replace("_", "-") + argument[match.end() :] if match else argument
+
+
+def _keys_from(environ: Mapping[str, str]) -> list[str]:
+    return re.split(r"[\s,]+", environ.get(API_KEYS_VARIABLE, "").strip()) if environ.get(
+        API_KEYS_VARIABLE, ""
+    ).strip() else []
+
+
+def _settings(fields: Mapping[str, Any]) -> Settings:
+    try:
+        return Settings.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        if not first["loc"]:
+            raise StartupError(f"{message}.") from error
+        name = str(first["loc"][0])
+        value = "" if name == "api_keys" else f" {first['input']}"
+        raise StartupError(f"{_flag(name)}{value}: must be {message}.") from error
+
+
+def _translate_old(
+    known: argparse.Namespace, engine_flags: list[str]
+) -> tuple[list[str], list[str]]:
+    """Flags that vLLM no longer has, in today's flags, and what to tell the user."""
+    notices = []
+    if known.disable_log_requests:
+        engine_flags = [flag for flag in engine_flags if flag != "--enable-log-requests"]
+    if known.engine_use_ray:
+        notices.append("--engine-use-ray: the engine always runs in a process of its own now.")
+    if known.worker_use_ray:
+        if importlib.util.find_spec("ray") is None:
+            notices.append("--worker-use-ray: Ray is not installed; vLLM runs its own processes.")
+        else:
+            engine_flags = ["--distributed-executor-backend", "ray", *engine_flags]
+    if known.revision is not None:
+        engine_flags = [*engine_flags, "--revision", known.revision]
+    return engine_flags, notices

@@ -1,0 +1,169 @@
+"""The words the layers share about one generation, and the two seams behind them.
+
+``Engine`` is the only way to a model: token ids in, deltas out.  ``PromptRenderer`` is the
+only way from messages to token ids.  vLLM and transformers stand behind them; the tests
+put scripted ones there.
+"""
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length"]
+
+@dataclass(frozen=True, slots=True)
+class ChatTurn:
+    """One message after checking: a known role and plain text."""
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a prompt is rendered from.  ``condition`` is OpenChat's role prefix, "" for its default."""
+
+    turns: tuple[ChatTurn, ...]
+    condition: str = ""
+
+    @property
+    def continues(self) -> bool:
+        """Whether the answer goes on from a last message by the assistant."""
+        return bool(self.turns) and self.turns[-1].role == "assistant" and self.turns[-1].text != ""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How to sample, in vLLM's words.  ``max_tokens`` and ``stream_interval`` count tokens."""
+
+    max_tokens: int
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logit_bias: dict[int, float] | None = None
+    logprobs: int | None = None
+    stream_interval: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token with its log probability; ``token_bytes`` is exactly what it adds to the text."""
+
+    token_bytes: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class PositionLogprobs:
+    """The token that was sampled at one position, and the likeliest ones there."""
+
+    sampled: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
+@dataclass(slots=True)
+class Delta:
+    """What one choice gained.  ``num_tokens`` counts tokens, a stop token included."""
+
+    index: int
+    text: str
+    num_tokens: int
+    finish_reason: FinishReason | None = None
+    logprobs: Sequence[PositionLogprobs] | None = None
+
+
+@dataclass(slots=True)
+class Update:
+    """One message from the engine: the deltas of one or more choices."""
+
+    deltas: Sequence[Delta]
+    cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class Usage:
+    """Token counts of one request, over all choices."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What a started engine knows about itself.  ``max_model_len`` counts tokens."""
+
+    max_model_len: int
+    vocab_size: int
+    version: str
+
+
+class Engine(Protocol):
+    """Token ids in, deltas out."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing can be generated any more, or None."""
+        ...
+
+    def generate(
+        self, request_id: str, prompt_token_ids: Sequence[int], options: SamplingOptions
+    ) -> AsyncGenerator[Update, None]:
+        """Generate until every choice has finished.  Closing the generator aborts the work.
+
+        Raises ``errors.ApiError`` before the first update for options that the model refuses,
+        and at any time for a failed generation.
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
+class PromptRenderer(Protocol):
+    """Messages in, token ids out.  No text can become a control token."""
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The tokens with which the template ends a turn."""
+        ...
+
+    @property
+    def default_temperature(self) -> float: ...
+
+    @property
+    def uses_condition(self) -> bool: ...
+
+    @property
+    def begins_with_space(self) -> bool:
+        """Whether answers start with a space that is the tokenizer's, not the model's."""
+        ...
+
+    async def render(self, conversation: Conversation) -> list[int]:
+        """The prompt's token ids.  Raises ``errors.InvalidRequest`` where the template refuses."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The model behind the server, once it is ready."""
+
+    names: tuple[str, ...]
+    engine: Engine
+    prompts: PromptRenderer
+    created: int
+    owned_by: str
+    system_fingerprint: str = field(default="")

@@ -1,0 +1,95 @@
+"""The outermost layer: every request enters and leaves here.
+
+It gives the request its id, turns what nobody expected into an error body, and hands one
+record per API request to the log, whatever became of the request.
+"""
+
+import logging
+import re
+from collections.abc import Callable
+
+import shortuuid
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ochat_serve.errors import ServerFault
+from ochat_serve.request_log import RequestRecord
+from ochat_serve.routes.replies import error_response, header
+from ochat_serve.streaming import error_event
+
+logger = logging.getLogger(__name__)
+_CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_LOGGED_PREFIX = "/v1/"
+
+
+class Boundary:
+    """Wraps the whole app.  ``write`` takes each finished record; None keeps no log."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        write: Callable[[RequestRecord], None] | None,
+        clock: Callable[[], float],
+        now: Callable[[], float],
+    ) -> None:
+        self._app = app
+        self._write = write
+        self._clock = clock
+        self._now = now
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = self._new_record(scope)
+        scope.setdefault("state", {})["record"] = record
+        arrived = self._clock()
+        streaming = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal streaming
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = record.request_id
+                streaming = headers.get("content-type", "").startswith("text/event-stream")
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            record.outcome = "abandoned"
+        except Exception:  # the one place for what nobody expected
+            logger.exception("Request %s failed", record.request_id)
+            record.error = "unexpected"
+            if record.status is None:
+                await error_response(ServerFault())(scope, receive, send_with_id)
+            elif streaming:
+                await send({"type": "http.response.body", "body": error_event(ServerFault())})
+            else:
+                raise
+        finally:
+            record.total_s = self._clock() - arrived
+            self._finish(record)
+
+    def _new_record(self, scope: Scope) -> RequestRecord:
+        given = header(scope, b"x-request-id")
+        request_id = (
+            given.decode() if given and _CLIENT_ID.fullmatch(given) else f"req-{shortuuid.uuid()}"
+        )
+        client = scope.get("client")
+        return RequestRecord(
+            time=self._now(),
+            request_id=request_id,
+            method=scope["method"],
+            path=scope["path"],
+            client=client[0] if client else None,
+        )
+
+    def _finish(self, record: RequestRecord) -> None:
+        if record.outcome is None:
+            ok = record.error is None and record.status is not None and record.status < 400
+            record.outcome = "finished" if ok else "failed"
+        if self._write is not None and record.path.startswith(_LOGGED_PREFIX):
+            self._write(record)

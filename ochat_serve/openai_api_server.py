@@ -1,0 +1,27 @@
+"""The entry: ``python -m ochat_serve.openai_api_server``.
+
+vLLM's engine processes import this module again when they start, so at module level it
+imports next to nothing.
+"""
+
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, bind, load, serve.  Returns the exit code: 0, or 1 after one sentence."""
+    from ochat_serve import cli
+    from ochat_serve.errors import StartupError
+
+    try:
+        command = cli.parse(sys.argv[1:] if argv is None else argv)
+        from ochat_serve import server
+
+        return server.run(command)
+    except StartupError as error:
+        print(f"ochat_serve: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

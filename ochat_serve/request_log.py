@@ -1,0 +1,129 @@
+"""The request log: one JSON line per request, whatever became of it.
+
+A line is written by a thread of its own, so a slow disk never holds up a request.  Without
+``content`` a line holds numbers and names only; nothing that a user or the model said.
+"""
+
+import json
+import logging
+import os
+import queue
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
+from typing import Any, Literal, TextIO
+
+from ochat_serve.generation import Usage
+
+Outcome = Literal["finished", "failed", "abandoned"]
+_FILE_MODE = 0o600
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What is known of one request, filled in along its road.  Times are in seconds; ``time``
+    is Unix time, the others count from the request's arrival."""
+
+    time: float
+    request_id: str
+    method: str
+    path: str
+    client: str | None = None
+    key: str | None = None
+    id: str | None = None
+    model: str | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    usage: Usage | None = None
+    finish_reasons: list[str | None] = field(default_factory=list)
+    first_token_s: float | None = None
+    total_s: float | None = None
+    status: int | None = None
+    outcome: Outcome | None = None
+    error: str | None = None
+    request: dict[str, Any] | None = None
+    outputs: list[str] | None = None
+
+    def line(self) -> str:
+        """One line of JSON; what is not known is left out."""
+        fields = {
+            "time": round(self.time, 3),
+            "request_id": self.request_id,
+            "id": self.id,
+            "method": self.method,
+            "path": self.path,
+            "client": self.client,
+            "key": self.key,
+            "model": self.model,
+            "user": self.user,
+            "metadata": self.metadata,
+            "parameters": self.parameters or None,
+            "prompt_tokens": self.usage.prompt_tokens if self.usage else None,
+            "completion_tokens": self.usage.completion_tokens if self.usage else None,
+            "cached_tokens": self.usage.cached_tokens if self.usage else None,
+            "finish_reasons": self.finish_reasons or None,
+            "first_token_s": _milliseconds(self.first_token_s),
+            "total_s": _milliseconds(self.total_s),
+            "status": self.status,
+            "outcome": self.outcome,
+            "error": self.error,
+            "request": self.request,
+            "outputs": self.outputs,
+        }
+        known = {name: value for name, value in fields.items() if value is not None}
+        return json.dumps(known, ensure_ascii=False, separators=(",", ":"))
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)
+
+
+class _PrivateRotatingFile(RotatingFileHandler):
+    """A rotating file that only its owner can read."""
+
+    def _open(self) -> TextIO:
+        def opener(path: str, flags: int) -> int:
+            return os.open(path, flags, _FILE_MODE)
+
+        stream: TextIO = open(  # noqa: SIM115 - the handler closes it
+            self.baseFilename, self.mode, encoding="utf-8", opener=opener
+        )
+        os.chmod(self.baseFilename, _FILE_MODE)
+        return stream
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full or unwritable disk loses lines, never requests."""
+        self.on_drop()
+
+    on_drop: Callable[[], None] = staticmethod(lambda: None)
+
+
+class RequestLog:
+    """Writes records to a rotating file.  Raises OSError at once if the file cannot be opened."""
+
+    def __init__(self, path: str, *, max_mb: int, max_count: int, content: bool) -> None:
+        self.content = content
+        self.dropped = 0
+        file = _PrivateRotatingFile(
+            path, maxBytes=max_mb * 2**20, backupCount=max_count, encoding="utf-8"
+        )
+        file.on_drop = self._count_drop
+        lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+        self._handler = QueueHandler(lines)
+        self._listener = QueueListener(lines, file)
+        self._file = file
+        self._listener.start()
+
+    def write(self, record: RequestRecord) -> None:
+        """Hand one line to the writer; returns at once."""
+        line = logging.makeLogRecord({"msg": record.line(), "levelno": logging.INFO})
+        self._handler.emit(line)
+
+    def close(self) -> None:
+        """Write what is left, then close the file."""
+        self._listener.stop()
+        self._file.close()
+
+    def _count_drop(self) -> None:
+        self.dropped += 1

@@ -1,0 +1,79 @@
+"""A request body becomes a checked object, or an error that says what is wrong with it."""
+
+from typing import TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+
+from ochat_serve.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
+
+Model = TypeVar("Model", bound=BaseModel)
+_MAX_MESSAGE_CHARS = 300
+
+
+async def read_json(request: Request, model: type[Model], max_bytes: int) -> Model:
+    """The body as ``model``.  Raises 413, 415 or 400 as ``ApiError``."""
+    _check_content_type(request)
+    body = await _read(request, max_bytes)
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise invalid_request(error) from error
+
+
+def _check_content_type(request: Request) -> None:
+    given = request.headers.get("content-type")
+    kind = (given or "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise UnsupportedMediaType(
+            f"The request body must be JSON: send the header 'Content-Type: application/json' "
+            f"(it was '{kind[:60]}')."
+        )
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    told = request.headers.get("content-length", "")
+    if told.isdigit() and len(told) < 20 and int(told) > max_bytes:
+        raise _too_large(max_bytes)
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _too_large(max_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(
+        f"The request body is larger than this server accepts ({max_bytes} bytes).",
+        headers={"connection": "close"},
+    )
+
+
+def invalid_request(error: ValidationError) -> InvalidRequest:
+    """The first of pydantic's errors, in OpenAI's words."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    kind, message = first["type"], first["msg"]
+    param = param_name(first["loc"])
+    if kind == "json_invalid":
+        detail = message.removeprefix("Invalid JSON: ")
+        return InvalidRequest(f"We could not parse the JSON body of your request: {detail}.")
+    if not param:
+        return InvalidRequest("The request body must be a JSON object.")
+    if kind == "missing":
+        return InvalidRequest(f"Missing required parameter: '{param}'.", param=param)
+    message = message.removeprefix("Input should be ").removeprefix("Value error, ")
+    verb = "" if message.startswith(("must", "String", "List", "Dictionary")) else "must be "
+    return InvalidRequest(
+        f"Invalid value for '{param}': {verb}{message[:_MAX_MESSAGE_CHARS]}.",
+        param=param,
+        code="invalid_value",
+    )
+
+
+def param_name(location: tuple[int | str, ...]) -> str:
+    """``("messages", 0, "content")`` -> ``messages.[0].content``."""
+    parts = [f"[{part}]" if isinstance(part, int) else str(part)[:64] for part in location]
+    return ".".join(parts)

@@ -1,0 +1,105 @@
+"""The server's own settings: one frozen object, whose fields are also the command line.
+
+``cli`` makes a flag from every field: its name, default and help text stand here only.
+vLLM's engine flags are not settings; they pass through to vLLM unchanged.
+"""
+
+import ipaddress
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+
+class Settings(BaseModel):
+    """What the server was told at start.  A bad value raises pydantic's ``ValidationError``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    # Model
+    model: str = Field(
+        "openchat/openchat-3.6-8b-20240522",
+        min_length=1,
+        description="Model to serve: a hub id, a folder, or 'demo' for the embedded small model.",
+    )
+    model_type: str | None = Field(
+        None,
+        description="Prompt template. Default: openchat.json in the model folder, else the "
+        "model's name, else 'hf' (the model's own chat template).",
+    )
+    served_model_name: tuple[str, ...] = Field(
+        (), description="Names that clients may use for the model, beside the usual ones."
+    )
+    enable_sys_prompt: bool = Field(
+        False, description="Accepted for compatibility: system messages are always honoured."
+    )
+    default_temperature: float | None = Field(
+        None,
+        ge=0,
+        le=2,
+        description="Temperature of requests that name none. Default: 0.7 for OpenChat "
+        "templates, 1 otherwise.",
+    )
+
+    # Requests
+    stream_period: int = Field(
+        1, ge=1, le=1000, description="Tokens per stream event. The first token is sent at once."
+    )
+    max_n: int = Field(8, ge=1, le=1024, description="Largest 'n' (choices) a request may ask for.")
+    max_body_mb: float = Field(4, gt=0, le=1024, description="Largest request body, in MiB.")
+    ping_interval_s: float = Field(
+        10, gt=0, description="Seconds of silence after which a stream gets a comment line."
+    )
+    strict_parameters: bool = Field(
+        False, description="Refuse unknown request fields with 400 instead of naming them in "
+        "the x-ochat-ignored response header."
+    )
+
+    # Server
+    host: str = Field("localhost", description="Host name or address to bind.")
+    port: int = Field(18888, ge=0, le=65535, description="Port to bind; 0 takes a free one.")
+    api_keys: tuple[SecretStr, ...] = Field(
+        (),
+        description="Keys that clients must send. Better given in the environment variable "
+        "OCHAT_API_KEYS, separated by commas or spaces. None: no check.",
+    )
+    insecure_no_auth: bool = Field(
+        False, description="Allow binding a public address without any API key."
+    )
+    allow_credentials: bool = Field(False, description="CORS: allow credentials.")
+    allowed_origins: tuple[str, ...] = Field(
+        (), description="CORS: JSON list of origins that may call from a browser. Default: none."
+    )
+    allowed_methods: tuple[str, ...] = Field(("*",), description="CORS: JSON list of methods.")
+    allowed_headers: tuple[str, ...] = Field(("*",), description="CORS: JSON list of headers.")
+
+    # Request log
+    log_file: str | None = Field(None, description="File that gets one JSON line per request.")
+    log_max_mb: int = Field(128, ge=1, description="Size of the log file before it is rotated, in MiB.")
+    log_max_count: int = Field(10, ge=1, description="Rotated log files to keep.")
+    log_content: bool = Field(
+        False, description="Write requests and answers into the log, not only their metadata."
+    )
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "Settings":
+        if not (self.api_keys or self.insecure_no_auth or is_loopback(self.host)):
+            raise ValueError(
+                f"--host {self.host} can be reached from other machines but no API key is set. "
+                "Set OCHAT_API_KEYS, or pass --insecure-no-auth if that is what you want"
+            )
+        if self.allow_credentials and "*" in self.allowed_origins:
+            raise ValueError("--allow-credentials needs named --allowed-origins, not \"*\"")
+        return self
+
+    @property
+    def max_body_bytes(self) -> int:
+        return int(self.max_body_mb * 2**20)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,1 @@
+"""Prompt formats: conversation -> segments -> token ids."""

@@ -1,0 +1,34 @@
+"""A template and a tokenizer, together: messages in, token ids out."""
+
+from ochat_serve.errors import StartupError
+from ochat_serve.generation import Conversation
+from ochat_serve.templates.segments import SegmentEncoder, Template
+
+
+class TemplateRenderer:
+    """``generation.PromptRenderer`` over one template and one tokenizer."""
+
+    def __init__(self, template: Template, encoder: SegmentEncoder) -> None:
+        self._template = template
+        self._encoder = encoder
+        self._bos = list(encoder.bos_token_ids) if template.adds_bos else []
+        self.stop_token_ids = self._stop_token_ids()
+        self.default_temperature = template.default_temperature
+        self.uses_condition = template.uses_condition
+        # Formats made of turns encode every text on its own; a chat template's prompt is one text.
+        self.begins_with_space = template.adds_bos and encoder.begins_with_space
+
+    async def render(self, conversation: Conversation) -> list[int]:
+        return self._bos + await self._encoder.encode(self._template.segments(conversation))
+
+    def _stop_token_ids(self) -> tuple[int, ...]:
+        token = self._template.end_of_turn
+        if token is None:
+            return ()
+        token_id = self._encoder.token_id(token)
+        if token_id is None:
+            raise StartupError(
+                f"The template {self._template.name} ends its turns with {token}, which this "
+                "model's tokenizer does not have. Choose another --model-type."
+            )
+        return (token_id,)

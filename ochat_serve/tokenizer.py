@@ -1,0 +1,207 @@
+"""The tokenizer: the only importer of transformers on the road of a request.
+
+Two encoders stand side by side.  One recognises control tokens and sees only what a
+template wrote; the other is told to take every control token for plain text and sees what
+came from outside.  Its result is checked all the same: no control token leaves it.
+"""
+
+import asyncio
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ochat_serve.errors import InvalidRequest, StartupError
+from ochat_serve.templates.hf import ApplyTemplate, ControlToken
+from ochat_serve.templates.segments import Literal, Segment
+
+# Added tokens of this shape structure prompts even when the model does not call them special
+# (<think>, <tool_call>, [INST]); other added tokens are words or white space.
+_CONTROL_SHAPE = re.compile(r"\s*[<\[{].*[>\]}]\s*", re.DOTALL)
+# Encoding this much takes about a millisecond: more goes to a worker thread.
+_INLINE_CHARS = 4_000
+_WORKERS = 2
+_CACHED_LITERAL_CHARS = 64
+
+
+class Tokenizer:
+    """``templates.SegmentEncoder`` over a Hugging Face tokenizer."""
+
+    def __init__(self, hf_tokenizer: PreTrainedTokenizerBase) -> None:
+        backend = getattr(hf_tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Backend):
+            raise StartupError(
+                f"The tokenizer class {type(hf_tokenizer).__name__} has no tokenizer.json form, "
+                "which is needed to keep users' text apart from control tokens."
+            )
+        self._hf = hf_tokenizer
+        self._recognising, self._plain, self._controls = _split(backend)
+        self._control_ids = frozenset(
+            token_id
+            for token in self._controls
+            if (token_id := self._recognising.token_to_id(token.text)) is not None
+        )
+        self._control_texts = re.compile(
+            "|".join(re.escape(token.text) for token in self._controls) or r"(?!)"
+        )
+        self.bos_token_ids = tuple(hf_tokenizer("").input_ids)
+        self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="tokenize")
+        self._encode_literal = lru_cache(maxsize=256)(self._recognise)
+        self._token_bytes = lru_cache(maxsize=None)(_token_bytes_of(self._recognising))
+
+    @classmethod
+    def load(cls, model: str, **options: Any) -> "Tokenizer":
+        """Load the tokenizer of a model folder or hub id.  Raises ``StartupError``."""
+        try:
+            return cls(AutoTokenizer.from_pretrained(model, **options))
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise StartupError(f"The tokenizer of {model} cannot be loaded: {reason}") from error
+
+    @property
+    def control_tokens(self) -> tuple[ControlToken, ...]:
+        return self._controls
+
+    def token_id(self, token: str) -> int | None:
+        token_id: int | None = self._recognising.token_to_id(token)
+        return token_id
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for; b"" for an id outside the vocabulary."""
+        return self._token_bytes(token_id)
+
+    @property
+    def begins_with_space(self) -> bool:
+        """Whether every text encoded on its own starts with a space that is not in the text
+        (SentencePiece's dummy prefix), as the model's answers then do."""
+        ids = self.encode_plain("a")
+        return bool(ids) and self.token_bytes(ids[0]).startswith(b" ")
+
+    async def encode(self, segments: Sequence[Segment]) -> list[int]:
+        """The segments' token ids, in order.  Long ones are encoded off the event loop."""
+        if sum(len(segment.text) for segment in segments) <= _INLINE_CHARS:
+            return self.encode_now(segments)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._workers, self.encode_now, segments)
+
+    def encode_now(self, segments: Iterable[Segment]) -> list[int]:
+        ids: list[int] = []
+        for segment in segments:
+            if isinstance(segment, Literal):
+                ids += self.encode_literal(segment.text)
+            else:
+                ids += self.encode_plain(segment.text)
+        return ids
+
+    def encode_literal(self, text: str) -> Sequence[int]:
+        """Token ids of a template's own text."""
+        if len(text) <= _CACHED_LITERAL_CHARS:
+            return self._encode_literal(text)
+        return self._recognise(text)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of text from outside: never a control token."""
+        if not text:
+            return []
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        if self._control_ids.isdisjoint(ids):
+            return ids
+        return self._encode_in_parts(text)
+
+    def _encode_in_parts(self, text: str) -> list[int]:
+        """For vocabularies whose plain words include a control token: cut every one in two."""
+        ids: list[int] = []
+        start = 0
+        for found in self._control_texts.finditer(text):
+            cut = found.start() + 1
+            ids += self._plain.encode(text[start:cut], add_special_tokens=False).ids
+            start = cut
+        ids += self._plain.encode(text[start:], add_special_tokens=False).ids
+        # What is left is a control token spelled by normalisation alone: it says nothing.
+        return [token_id for token_id in ids if token_id not in self._control_ids]
+
+    def _recognise(self, text: str) -> Sequence[int]:
+        ids: list[int] = self._recognising.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def chat_template(self) -> ApplyTemplate:
+        """The model's own chat template as a function.  Raises ``StartupError`` if it has none."""
+        if not self._hf.chat_template:
+            raise StartupError(
+                "This model's tokenizer has no chat template. Choose one with --model-type."
+            )
+
+        def apply(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+            try:
+                prompt = self._hf.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            except jinja2.TemplateError as error:
+                raise InvalidRequest(
+                    f"The model's chat template refuses these messages: {error}", param="messages"
+                ) from error
+            return str(prompt)
+
+        return apply
+
+
+def _split(backend: Backend) -> tuple[Backend, Backend, tuple[ControlToken, ...]]:
+    """A copy that recognises control tokens, one that never does, and the control tokens."""
+    spec = json.loads(backend.to_str())
+    spec["truncation"] = spec["padding"] = None
+    recognising = Backend.from_str(json.dumps(spec))
+    recognising.encode_special_tokens = False
+    controls = []
+    for token in spec["added_tokens"]:
+        if token["special"] or _CONTROL_SHAPE.fullmatch(token["content"]):
+            token["special"] = True
+            controls.append(ControlToken(token["content"], token["lstrip"], token["rstrip"]))
+    plain = Backend.from_str(json.dumps(spec))
+    plain.encode_special_tokens = True
+    return recognising, plain, tuple(controls)
+
+
+def _token_bytes_of(backend: Backend) -> Callable[[int], bytes]:
+    """How this vocabulary spells bytes: byte-level BPE, or SentencePiece."""
+    spec = json.loads(backend.to_str())
+    added = {token["id"]: token["content"].encode() for token in spec["added_tokens"]}
+    byte_level = '"ByteLevel"' in json.dumps([spec.get("decoder"), spec.get("pre_tokenizer")])
+    spell = _byte_level if byte_level else _sentencepiece
+
+    def token_bytes(token_id: int) -> bytes:
+        if token_id in added:
+            return added[token_id]
+        token = backend.id_to_token(token_id)
+        return spell(token) if token is not None else b""
+
+    return token_bytes
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE writes each byte as a printable character: itself where it is one, else
+    the next character from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(0x100 + position): byte for position, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+def _byte_level(token: str) -> bytes:
+    if all(char in _BYTE_OF for char in token):
+        return bytes(_BYTE_OF[char] for char in token)
+    return token.encode()
+
+
+def _sentencepiece(token: str) -> bytes:
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
