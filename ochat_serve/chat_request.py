@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from pydantic import BaseModel
+
 from ochat_serve.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
 from ochat_serve.generation import ChatTurn, Conversation, SamplingOptions
 from ochat_serve.protocol.chat import ChatCompletionRequest, ChatMessage
@@ -85,16 +87,22 @@ def refuse_unserved(request: ChatCompletionRequest) -> None:
 
 def ignored_fields(request: ChatCompletionRequest, *, uses_condition: bool) -> list[str]:
     """Names of the given fields that have no effect, sorted, at most ``MAX_NAMED_IGNORED``."""
-    names = {name for name, value in (request.model_extra or {}).items() if value is not None}
+    # What is refused otherwise was given with a value that changes nothing.
+    names = _given(request) - REFUSED.keys()
     if request.stream_options is not None:
-        names |= {f"stream_options.{name}" for name in request.stream_options.model_extra or ()}
+        names |= {f"stream_options.{name}" for name in _given(request.stream_options)}
     for message in request.messages:
-        extra = message.model_extra or {}
-        names |= {f"messages.{name}" for name, value in extra.items() if value is not None}
+        names |= {f"messages.{name}" for name in _given(message) - REFUSED_IN_MESSAGES.keys()}
+        for part in message.content if isinstance(message.content, list) else ():
+            names |= {f"messages.content.{name}" for name in _given(part)}
     if request.condition and not uses_condition:
         names.add("condition")
-    names -= REFUSED.keys()  # given with a value that changes nothing
     return sorted(names)[:MAX_NAMED_IGNORED]
+
+
+def _given(model: BaseModel) -> set[str]:
+    """Names of the fields that ``model`` does not know and that are not null."""
+    return {name for name, value in (model.model_extra or {}).items() if value is not None}
 
 
 def conversation(request: ChatCompletionRequest) -> Conversation:
@@ -112,9 +120,7 @@ def _turn(position: int, message: ChatMessage) -> ChatTurn:
             param=f"messages.[{position}].content",
         )
     if not isinstance(content, str):
-        content = "\n".join(
-            part.text if part.type == "text" else part.refusal for part in content
-        )
+        content = "\n".join(part.text if part.type == "text" else part.refusal for part in content)
     role = "system" if message.role == "developer" else message.role
     return ChatTurn(role, content)
 

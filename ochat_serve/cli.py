@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ PROG = "python -m ochat_serve.openai_api_server"
 API_KEYS_VARIABLE = "OCHAT_API_KEYS"
 _EPILOG = """Every vLLM engine flag works too and is passed through unchanged
 (--tensor-parallel-size N, --max-model-len N, --dtype ...): --help=all lists them."""
+_OLD_SWITCHES = ("disable_log_requests", "engine_use_ray", "worker_use_ray")
 _JSON_LISTS = ("allowed_origins", "allowed_methods", "allowed_headers")
 
 
@@ -47,18 +49,28 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """Our own flags.  ``-h`` prints them."""
-    flags = _Parser(prog=PROG, description=__doc__.split("\n")[0], epilog=_EPILOG, allow_abbrev=False)
+    flags = _Parser(
+        prog=PROG, description=__doc__.split("\n")[0], epilog=_EPILOG, allow_abbrev=False
+    )
     flags.description = "Serve a chat model with OpenAI's API."
     for name, field in Settings.model_fields.items():
         flags.add_argument(_flag(name), **_argument(name, field))
-    flags.add_argument("--config", metavar="FILE", help="YAML file of flags; the command line wins.")
+    flags.add_argument(
+        "--config", metavar="FILE", help="YAML file of flags; the command line wins."
+    )
     flags.add_argument("--revision", metavar="REV", help="Revision of the model on the hub.")
     old = flags.add_argument_group("accepted from older command lines")
     old.add_argument("--disable-log-requests", action="store_true", help="vLLM logs no requests.")
-    old.add_argument("--engine-use-ray", action="store_true", help="No effect: the engine always "
-                     "runs in a process of its own.")
-    old.add_argument("--worker-use-ray", action="store_true", help="Tensor-parallel workers run in "
-                     "Ray if it is installed, else in vLLM's own processes.")
+    old.add_argument(
+        "--engine-use-ray",
+        action="store_true",
+        help="No effect: the engine always runs in a process of its own.",
+    )
+    old.add_argument(
+        "--worker-use-ray",
+        action="store_true",
+        help="Tensor-parallel workers run in Ray if it is installed, else in vLLM's own processes.",
+    )
     return flags
 
 
@@ -73,7 +85,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
     if known.config is not None:
         known, engine_flags = flags.parse_known_args([*config_flags(known.config), *arguments])
     given = {name: value for name, value in vars(known).items() if value is not None}
-    given.setdefault("api_keys", _keys_from(environ))
+    given["api_keys"] = given.get("api_keys") or _keys_from(environ)
     fields = {name: value for name, value in given.items() if name in Settings.model_fields}
     engine_flags, notices = _translate_old(known, engine_flags)
     return Command(
@@ -108,7 +120,8 @@ def _config_flag(name: str, value: Any) -> list[str]:
         return [f"--{name}"]
     if value is False:
         # Our own switches are off unless given; vLLM's have a form that turns them off.
-        return [] if name.replace("-", "_") in Settings.model_fields else [f"--no-{name}"]
+        ours = (*Settings.model_fields, *_OLD_SWITCHES)
+        return [] if name.replace("-", "_") in ours else [f"--no-{name}"]
     if isinstance(value, dict) or name.replace("-", "_") in _JSON_LISTS:
         return [f"--{name}", json.dumps(value)]
     if isinstance(value, list):
@@ -134,7 +147,10 @@ def _argument(name: str, field: FieldInfo) -> dict[str, Any]:
 
 
 def _json_list(text: str) -> list[str]:
-    value = json.loads(text)  # argparse turns ValueError into its own error
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a JSON list of strings")
     return value
@@ -147,9 +163,11 @@ def _with_dashes(argument: str) -> str:
 
 
 def _keys_from(environ: Mapping[str, str]) -> list[str]:
-    return re.split(r"[\s,]+", environ.get(API_KEYS_VARIABLE, "").strip()) if environ.get(
-        API_KEYS_VARIABLE, ""
-    ).strip() else []
+    return (
+        re.split(r"[\s,]+", environ.get(API_KEYS_VARIABLE, "").strip())
+        if environ.get(API_KEYS_VARIABLE, "").strip()
+        else []
+    )
 
 
 def _settings(fields: Mapping[str, Any]) -> Settings:
@@ -157,12 +175,12 @@ def _settings(fields: Mapping[str, Any]) -> Settings:
         return Settings.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        message = re.sub(r"^\w+ should ", "must ", first["msg"].removeprefix("Value error, "))
         if not first["loc"]:
             raise StartupError(f"{message}.") from error
         name = str(first["loc"][0])
-        value = "" if name == "api_keys" else f" {first['input']}"
-        raise StartupError(f"{_flag(name)}{value}: must be {message}.") from error
+        value = "" if name == "api_keys" else f" {shlex.quote(str(first['input']))}"
+        raise StartupError(f"{_flag(name)}{value}: {message}.") from error
 
 
 def _translate_old(

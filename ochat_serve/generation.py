@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
 
+
 @dataclass(frozen=True, slots=True)
 class ChatTurn:
     """One message after checking: a known role and plain text."""
@@ -21,7 +22,7 @@ class ChatTurn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What a prompt is rendered from.  ``condition`` is OpenChat's role prefix, "" for its default."""
+    """What a prompt is rendered from.  ``condition`` is OpenChat's role prefix, "" by default."""
 
     turns: tuple[ChatTurn, ...]
     condition: str = ""

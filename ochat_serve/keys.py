@@ -17,7 +17,7 @@ class ApiKeys:
     """The keys that may use the server.  No keys at all: everybody may."""
 
     def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = tuple(_digest(key.encode()) for key in keys)
+        self._digests = tuple(_digest(_bytes(key)) for key in keys)
 
     def check(self, authorization: bytes | None) -> str | None:
         """The name of the key in an ``Authorization`` header, None if no keys are set.
@@ -37,6 +37,11 @@ class ApiKeys:
         if not any(matches):
             raise InvalidApiKey(_WRONG)
         return f"key-{matches.index(True) + 1}"
+
+
+def _bytes(key: str) -> bytes:
+    """The bytes that were typed: Python reads those that are no UTF-8 as lone surrogates."""
+    return key.encode("utf-8", "surrogateescape")
 
 
 def _digest(key: bytes) -> bytes:

@@ -4,6 +4,7 @@ Runs before vLLM is imported: a missing model is said within seconds.
 """
 
 import json
+import os
 import socket
 import urllib.parse
 import urllib.request
@@ -18,10 +19,14 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 from ochat_serve import demo_model
 from ochat_serve.errors import StartupError
-from ochat_serve.templates.registry import HF, MODEL_TYPES, TEMPLATES, canonical, model_type_of_name
+from ochat_serve.templates.registry import MODEL_TYPES, TEMPLATES, canonical, model_type_of_name
 
 DEMO = "demo"
 _REACH_TIMEOUT_S = 3
+
+
+class _Absent(StartupError):
+    """The model has no such file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +62,12 @@ def locate(
             f"--model-type {model_type} is unknown. Choose one of: {', '.join(MODEL_TYPES)}."
         )
     if model == DEMO:
-        path, own_names = str(demo_model.ensure()), demo_model.NAMES
+        path, own_names = str(demo_model.ensure()), list(demo_model.NAMES)
     else:
         _config(model, "config.json", revision)
-        path, own_names = model, tuple(dict.fromkeys((model, Path(model).name)))
+        folder = Path(model).expanduser()
+        path = os.path.abspath(folder) if folder.is_dir() else model
+        own_names = [model, Path(path).name]
     kind = canonical(model_type) if model_type else _detect(path, revision)
     template = TEMPLATES.get(kind)
     type_names = (template.name, *template.aliases) if template and template.uses_condition else ()
@@ -72,7 +79,7 @@ def _detect(model: str, revision: str | None) -> str:
     """The model type: openchat.json in the model folder, else the name, else ``hf``."""
     try:
         told = _config(model, "openchat.json", revision)
-    except StartupError:
+    except _Absent:
         return model_type_of_name(Path(model).name)
     kind = told.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
@@ -99,9 +106,9 @@ def _config(model: str, name: str, revision: str | None) -> dict[str, Any]:
             )
         loaded = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise StartupError(_missing(model, name, in_folder=folder.is_dir())) from error
+        raise _Absent(_missing(model, name, in_folder=folder.is_dir())) from error
     except (EntryNotFoundError, HFValidationError) as error:
-        raise StartupError(_missing(model, name, in_folder=False)) from error
+        raise _Absent(_missing(model, name, in_folder=False)) from error
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise StartupError(f"The model {model} cannot be fetched: {reason}") from error
@@ -115,9 +122,9 @@ def _config(model: str, name: str, revision: str | None) -> dict[str, Any]:
 @cache
 def _hub_is_reachable() -> bool:
     """A quick look before the hub's client spends half a minute on retries."""
-    if urllib.request.getproxies():
-        return True  # only the proxy can tell
     url = urllib.parse.urlparse(ENDPOINT)
+    if urllib.request.getproxies().keys() & {url.scheme, "all"}:
+        return True  # only the proxy can tell
     try:
         port = url.port or (80 if url.scheme == "http" else 443)
         socket.create_connection((url.hostname or "", port), timeout=_REACH_TIMEOUT_S).close()

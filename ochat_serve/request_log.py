@@ -8,10 +8,13 @@ import json
 import logging
 import os
 import queue
+import stat
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 from ochat_serve.generation import Usage
 
@@ -82,21 +85,32 @@ def _milliseconds(seconds: float | None) -> float | None:
 class _PrivateRotatingFile(RotatingFileHandler):
     """A rotating file that only its owner can read."""
 
-    def _open(self) -> TextIO:
-        def opener(path: str, flags: int) -> int:
-            return os.open(path, flags, _FILE_MODE)
+    on_drop: Callable[[], None] = staticmethod(lambda: None)
 
-        stream: TextIO = open(  # noqa: SIM115 - the handler closes it
-            self.baseFilename, self.mode, encoding="utf-8", opener=opener
+    def _open(self) -> TextIOWrapper:
+        return open(
+            self.baseFilename,
+            "a",
+            encoding=self.encoding,
+            errors=self.errors,
+            opener=_open_private,
         )
-        os.chmod(self.baseFilename, _FILE_MODE)
-        return stream
 
-    def handleError(self, record: logging.LogRecord) -> None:
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         """A full or unwritable disk loses lines, never requests."""
         self.on_drop()
 
-    on_drop: Callable[[], None] = staticmethod(lambda: None)
+
+def _open_private(path: str, flags: int) -> int:
+    """A file is private before its first line; a device or a pipe keeps its own permissions."""
+    descriptor = os.open(path, flags, _FILE_MODE)
+    try:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.fchmod(descriptor, _FILE_MODE)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 class RequestLog:
@@ -123,7 +137,8 @@ class RequestLog:
     def close(self) -> None:
         """Write what is left, then close the file."""
         self._listener.stop()
-        self._file.close()
+        with suppress(OSError):  # what a full disk did not take is counted already
+            self._file.close()
 
     def _count_drop(self) -> None:
         self.dropped += 1

@@ -171,7 +171,9 @@ def _bind(host: str, port: int) -> list[socket.socket]:
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
-        raise StartupError(f"--host {host} is not an address of any kind: {error.strerror}.") from error
+        raise StartupError(
+            f"--host {host} is not an address of any kind: {error.strerror}."
+        ) from error
     sockets: list[socket.socket] = []
     problem: OSError | None = None
     for family, kind, protocol, _, address in dict.fromkeys(addresses):

@@ -12,7 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 class Settings(BaseModel):
     """What the server was told at start.  A bad value raises pydantic's ``ValidationError``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        hide_input_in_errors=True,  # a key must not stand in a traceback
+        protected_namespaces=(),
+    )
 
     # Model
     model: str = Field(
@@ -49,8 +55,9 @@ class Settings(BaseModel):
         10, gt=0, description="Seconds of silence after which a stream gets a comment line."
     )
     strict_parameters: bool = Field(
-        False, description="Refuse unknown request fields with 400 instead of naming them in "
-        "the x-ochat-ignored response header."
+        False,
+        description="Refuse unknown request fields with 400 instead of naming them in "
+        "the x-ochat-ignored response header.",
     )
 
     # Server
@@ -73,7 +80,9 @@ class Settings(BaseModel):
 
     # Request log
     log_file: str | None = Field(None, description="File that gets one JSON line per request.")
-    log_max_mb: int = Field(128, ge=1, description="Size of the log file before it is rotated, in MiB.")
+    log_max_mb: int = Field(
+        128, ge=1, description="Size of the log file before it is rotated, in MiB."
+    )
     log_max_count: int = Field(10, ge=1, description="Rotated log files to keep.")
     log_content: bool = Field(
         False, description="Write requests and answers into the log, not only their metadata."
@@ -87,7 +96,7 @@ class Settings(BaseModel):
                 "Set OCHAT_API_KEYS, or pass --insecure-no-auth if that is what you want"
             )
         if self.allow_credentials and "*" in self.allowed_origins:
-            raise ValueError("--allow-credentials needs named --allowed-origins, not \"*\"")
+            raise ValueError('--allow-credentials needs named --allowed-origins, not "*"')
         return self
 
     @property

@@ -30,7 +30,20 @@ _OBFUSCATION_STEP = 32
 # OpenAI's value for "no probability": JSON has no infinities.
 _LOWEST_LOGPROB = -9999.0
 
+# Not line breaks to SSE, but to readers built on ``str.splitlines`` (httpx's ``iter_lines``):
+# raw, they would cut an event in two.
+_LINE_BREAKS = ("\x85", "\u2028", "\u2029")
+
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
+def _event_json(value: Any) -> bytes:
+    """JSON that is one line to every reader."""
+    text = _encode(value)
+    if not text.isascii():
+        for char in _LINE_BREAKS:
+            text = text.replace(char, f"\\u{ord(char):04x}")
+    return text.encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +70,7 @@ class EventWriter:
     """The events of one stream.  Every method returns whole events, ready to be sent."""
 
     def __init__(self, head: ReplyHead, *, usage: bool, logprobs: bool, obfuscation: bool) -> None:
-        fields = _encode(head.fields("chat.completion.chunk")).encode()
+        fields = _event_json(head.fields("chat.completion.chunk"))
         self._head = b"data: " + fields[:-1] + b',"choices":['
         self._end = b',"usage":null' if usage else b""
         self._logprobs = logprobs
@@ -76,7 +89,7 @@ class EventWriter:
     def _delta(self, delta: Delta) -> bytes:
         chunk = b""
         if delta.text or (self._logprobs and delta.logprobs):
-            content = _encode(delta.text).encode()
+            content = _event_json(delta.text)
             logprobs = _logprobs_json(delta.logprobs or ()) if self._logprobs else b"null"
             chunk = self._chunk(delta.index, b'{"content":' + content + b"}", b"null", logprobs)
         if delta.finish_reason is not None:
@@ -89,7 +102,17 @@ class EventWriter:
             head = self._open[index] = self._head + b'{"index":%d,"delta":' % index
         end = self._end + self._padding(len(delta)) if self._obfuscation else self._end
         return b"".join(
-            (head, delta, b',"logprobs":', logprobs, b',"finish_reason":', finish, b"}]", end, b"}\n\n")
+            (
+                head,
+                delta,
+                b',"logprobs":',
+                logprobs,
+                b',"finish_reason":',
+                finish,
+                b"}]",
+                end,
+                b"}\n\n",
+            )
         )
 
     @staticmethod
@@ -99,12 +122,12 @@ class EventWriter:
 
     def usage(self, usage: Usage) -> bytes:
         """The last chunk of a stream that was asked for its usage."""
-        return self._head + b'],"usage":' + _encode(usage_fields(usage)).encode() + b"}\n\n"
+        return self._head + b'],"usage":' + _event_json(usage_fields(usage)) + b"}\n\n"
 
 
 def error_event(error: ApiError) -> bytes:
     """An error in a stream that has begun, and the stream's end."""
-    return b"data: " + _encode(error.body()).encode() + b"\n\n" + DONE
+    return b"data: " + _event_json(error.body()) + b"\n\n" + DONE
 
 
 @dataclass(slots=True)
@@ -201,7 +224,7 @@ def _finite(logprob: float) -> float:
 
 
 def _logprobs_json(positions: Sequence[PositionLogprobs]) -> bytes:
-    return _encode(logprobs_fields(positions)).encode()
+    return _event_json(logprobs_fields(positions))
 
 
 async def without_first_space(

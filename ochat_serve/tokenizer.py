@@ -176,9 +176,9 @@ def _token_bytes_of(backend: Backend) -> Callable[[int], bytes]:
 
     def token_bytes(token_id: int) -> bytes:
         if token_id in added:
-            return added[token_id]
-        token = backend.id_to_token(token_id)
-        return spell(token) if token is not None else b""
+            return bytes(added[token_id])
+        token: str | None = backend.id_to_token(token_id)
+        return b"" if token is None else spell(token)
 
     return token_bytes
 

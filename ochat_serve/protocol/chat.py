@@ -7,7 +7,7 @@ vLLM's words, ``condition`` is the reference server's.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WrapValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator
 from pydantic_core import PydanticCustomError, ValidationError
 from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
@@ -59,6 +59,12 @@ def _one_stop_error(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
             "must be a non-empty string or a list of at most {most} non-empty strings",
             {"most": MAX_STOP},
         ) from None
+
+
+def _no_controls(value: str) -> str:
+    if any(ord(char) < 0x20 or 0x7F <= ord(char) < 0xA0 for char in value):
+        raise PydanticCustomError("condition", "must not contain control characters")
+    return value
 
 
 Parts = list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]]
@@ -133,7 +139,7 @@ class ChatCompletionRequest(BaseModel):
     safety_identifier: Annotated[str, Field(max_length=128)] | None = None
 
     # Extensions
-    condition: Annotated[str, Field(max_length=64, pattern=r"^[^\x00-\x1f\x7f]*$")] | None = None
+    condition: Annotated[str, Field(max_length=64), AfterValidator(_no_controls)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None

@@ -1,24 +1,42 @@
 """A request body becomes a checked object, or an error that says what is wrong with it."""
 
+import re
 from typing import TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 
 from ochat_serve.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
 
 Model = TypeVar("Model", bound=BaseModel)
 _MAX_MESSAGE_CHARS = 300
+# pydantic's JSON reader knows these words; JSON does not.
+_NOT_JSON = (b"NaN", b"Infinity")
 
 
 async def read_json(request: Request, model: type[Model], max_bytes: int) -> Model:
     """The body as ``model``.  Raises 413, 415 or 400 as ``ApiError``."""
     _check_content_type(request)
     body = await _read(request, max_bytes)
+    if any(word in body for word in _NOT_JSON):
+        _refuse_infinities(body)
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
         raise invalid_request(error) from error
+
+
+def _refuse_infinities(body: bytes) -> None:
+    """Fields of ours refuse them by themselves; this is for those that are only passed on."""
+    try:
+        from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise _not_json(str(error)) from error
+
+
+def _not_json(detail: str) -> InvalidRequest:
+    return InvalidRequest(f"We could not parse the JSON body of your request: {detail}.")
 
 
 def _check_content_type(request: Request) -> None:
@@ -58,16 +76,15 @@ def invalid_request(error: ValidationError) -> InvalidRequest:
     kind, message = first["type"], first["msg"]
     param = param_name(first["loc"])
     if kind == "json_invalid":
-        detail = message.removeprefix("Invalid JSON: ")
-        return InvalidRequest(f"We could not parse the JSON body of your request: {detail}.")
+        return _not_json(message.removeprefix("Invalid JSON: "))
     if not param:
         return InvalidRequest("The request body must be a JSON object.")
     if kind == "missing":
         return InvalidRequest(f"Missing required parameter: '{param}'.", param=param)
-    message = message.removeprefix("Input should be ").removeprefix("Value error, ")
-    verb = "" if message.startswith(("must", "String", "List", "Dictionary")) else "must be "
+    message = re.sub(r"^\w+ should ", "must ", message)
+    message = re.sub(r" after validation, not \w+$", "", message)
     return InvalidRequest(
-        f"Invalid value for '{param}': {verb}{message[:_MAX_MESSAGE_CHARS]}.",
+        f"Invalid value for '{param}': {message[:_MAX_MESSAGE_CHARS]}.",
         param=param,
         code="invalid_value",
     )

@@ -23,7 +23,7 @@ _PROBE = "\N{LEFT WHITE CORNER BRACKET}probe\N{RIGHT WHITE CORNER BRACKET}"
 
 @dataclass(frozen=True, slots=True)
 class ControlToken:
-    """A token that structures prompts.  ``lstrip``/``rstrip``: it swallows white space beside it."""
+    """A token that structures prompts; ``lstrip`` and ``rstrip`` swallow white space beside it."""
 
     text: str
     lstrip: bool = False

@@ -8,13 +8,18 @@ has one (ChatML, Zephyr, Llama-3), ours is the model's own.
 import re
 from types import MappingProxyType
 
-from ochat_serve.templates.turns import TurnTemplate
+from ochat_serve.templates.turns import Role, TurnTemplate
 
 HF = "hf"
 
-_LOWER = MappingProxyType({"system": "system", "user": "user", "assistant": "assistant"})
-_TITLE = MappingProxyType({"system": "System", "user": "User", "assistant": "Assistant"})
-_TITLE_COLON = MappingProxyType({"system": "System:", "user": "User:", "assistant": "Assistant:"})
+
+def _names(system: str, user: str, assistant: str) -> MappingProxyType[Role, str]:
+    return MappingProxyType({"system": system, "user": user, "assistant": assistant})
+
+
+_LOWER = _names("system", "user", "assistant")
+_TITLE = _names("System", "User", "Assistant")
+_TITLE_COLON = _names("System:", "User:", "Assistant:")
 
 _ROWS = (
     TurnTemplate(
@@ -87,7 +92,7 @@ _ROWS = (
     TurnTemplate(
         name="gemma_it",
         before="<start_of_turn>",
-        roles=MappingProxyType({"user": "user", "assistant": "model"}),
+        roles=_names("", "user", "model"),
         after="\n",
         end_of_turn="<end_of_turn>",
         system="first_user",

@@ -38,11 +38,13 @@ class TurnTemplate:
         return self.condition is not None
 
     def header(self, role: Role, condition: str = "") -> tuple[Segment, ...]:
-        """The header of a turn, e.g. ``<|start_header_id|>`` GPT4 Correct User ``<|end_header_id|>``."""
+        """The header of a turn: what stands before the text."""
         if self.condition is None or role == "system":
             return (Literal(self.before + self.roles[role] + self.after),)
         text = f"{condition or self.condition} {self.roles[role]}".strip()
-        return tuple(part for part in (Literal(self.before), Plain(text), Literal(self.after)) if part.text)
+        return tuple(
+            part for part in (Literal(self.before), Plain(text), Literal(self.after)) if part.text
+        )
 
     def segments(self, conversation: Conversation) -> Sequence[Segment]:
         """Every turn, then an open one for the assistant.

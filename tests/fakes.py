@@ -1,0 +1,115 @@
+"""Hermetic stand-ins for the two seams of ``generation``: no model, no clock, no threads."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+
+from ochat_serve.chat_service import ChatService
+from ochat_serve.generation import (
+    Conversation,
+    Delta,
+    EngineInfo,
+    SamplingOptions,
+    ServedModel,
+    Update,
+)
+from ochat_serve.serving import Serving
+from ochat_serve.settings import Settings
+
+Step = Update | Exception | Callable[[], asyncio.Future[None] | asyncio.Event]
+
+
+def words(*texts: str, finish: str = "stop", index: int = 0) -> list[Update]:
+    """One update per text, the last one finished."""
+    deltas = [Delta(index, text, 1) for text in texts]
+    deltas[-1].finish_reason = finish  # type: ignore[assignment]
+    return [Update([delta]) for delta in deltas]
+
+
+class Wait:
+    """A step of a script: nothing comes until ``go`` is set (for ever, if it never is)."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+
+
+@dataclass
+class ScriptedEngine:
+    """Plays one script for every request: updates are yielded, errors raised, waits waited."""
+
+    script: Sequence[Update | Exception | Wait] = field(default_factory=lambda: words("Hi", "!"))
+    info: EngineInfo = EngineInfo(max_model_len=100, vocab_size=1_000, version="0")
+    failure: str | None = None
+    running: int = 0
+    requests: list[tuple[Sequence[int], SamplingOptions]] = field(default_factory=list)
+    closed: bool = False
+
+    async def generate(
+        self, request_id: str, prompt_token_ids: Sequence[int], options: SamplingOptions
+    ) -> AsyncGenerator[Update, None]:
+        self.requests.append((prompt_token_ids, options))
+        self.running += 1
+        try:
+            for step in self.script:
+                if isinstance(step, Exception):
+                    raise step
+                if isinstance(step, Wait):
+                    await step.go.wait()
+                    continue
+                await asyncio.sleep(0)
+                # Each request gets deltas of its own: a reader may change them.
+                yield Update(
+                    [
+                        Delta(d.index, d.text, d.num_tokens, d.finish_reason, d.logprobs)
+                        for d in step.deltas
+                    ],
+                    step.cached_tokens,
+                )
+        finally:
+            self.running -= 1
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+@dataclass
+class WordPrompts:
+    """Renders every word as one token: its length."""
+
+    stop_token_ids: tuple[int, ...] = (7,)
+    default_temperature: float = 0.7
+    uses_condition: bool = True
+    begins_with_space: bool = False
+
+    async def render(self, conversation: Conversation) -> list[int]:
+        return [len(word) for turn in conversation.turns for word in turn.text.split()]
+
+
+def served(engine: ScriptedEngine, prompts: WordPrompts | None = None) -> ServedModel:
+    return ServedModel(
+        names=("openchat_3.6", "openchat/openchat-3.6-8b-20240522"),
+        engine=engine,
+        prompts=prompts or WordPrompts(),
+        created=1_700_000_000,
+        owned_by="openchat",
+        system_fingerprint="fp_0",
+    )
+
+
+def service(
+    engine: ScriptedEngine,
+    settings: Settings | None = None,
+    prompts: WordPrompts | None = None,
+    log_content: bool = False,
+) -> ChatService:
+    return ChatService(
+        served(engine, prompts),
+        settings or Settings(),
+        clock=lambda: 0.0,
+        now=lambda: 1_700_000_000.0,
+        log_content=log_content,
+    )
+
+
+def serving(engine: ScriptedEngine, settings: Settings | None = None) -> Serving:
+    return Serving(phase="ready", chat=service(engine, settings))

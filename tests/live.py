@@ -1,0 +1,109 @@
+"""A real server on a real port, inside the test's process.
+
+Hang-ups, slow readers and half-sent bodies need sockets: no in-memory transport shows them.
+"""
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, TypeVar
+
+import uvicorn
+from fastapi import FastAPI
+
+T = TypeVar("T")
+START_TIMEOUT_S = 10
+STOP_TIMEOUT_S = 40
+
+
+class LiveServer:
+    """``url`` is where it listens; ``call`` runs a coroutine on its event loop."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._server = uvicorn.Server(
+            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+        )
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        async def main() -> None:
+            self.loop = asyncio.get_running_loop()
+            serve = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+            while not self._server.started and not serve.done():
+                await asyncio.sleep(0.005)
+            self._started.set()
+            await serve
+
+        asyncio.run(main())
+
+    def start(self) -> None:
+        self._thread.start()
+        assert self._started.wait(START_TIMEOUT_S)
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(STOP_TIMEOUT_S)
+        assert not self._thread.is_alive()
+
+    def call(self, coroutine: Coroutine[Any, Any, T], timeout_s: float = 60) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout_s)
+
+
+@contextlib.contextmanager
+def live(app: FastAPI) -> Iterator[LiveServer]:
+    server = LiveServer(app)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def eventually(condition: Callable[[], object], within_s: float = 5) -> bool:
+    """Whether ``condition()`` becomes true in time."""
+    end = time.monotonic() + within_s
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.005)
+    return bool(condition())
+
+
+class RawClient:
+    """One TCP connection that says exactly what it is told."""
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=10)
+        self.received = b""
+
+    def send(self, data: bytes) -> None:
+        self._socket.sendall(data)
+
+    def post(self, path: str, body: bytes, *headers: str) -> None:
+        lines = [f"POST {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}"]
+        lines += headers or ("Content-Type: application/json",)
+        self.send("\r\n".join([*lines, "", ""]).encode() + body)
+
+    def read_until(self, mark: bytes) -> bytes:
+        while mark not in self.received:
+            data = self._socket.recv(65536)
+            if not data:
+                raise ConnectionError(f"closed before {mark!r}: {self.received[-500:]!r}")
+            self.received += data
+        return self.received
+
+    def hang_up(self) -> None:
+        self._socket.close()
+
+    def __enter__(self) -> "RawClient":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.hang_up()

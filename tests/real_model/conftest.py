@@ -1,0 +1,62 @@
+"""The demo model on a real vLLM engine, started once for all tests of this folder."""
+
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ochat_serve import cli, server
+from ochat_serve.app import create_app
+from ochat_serve.chat_service import ChatService
+from ochat_serve.request_log import RequestLog
+from ochat_serve.serving import Serving
+from tests.live import LiveServer, eventually, live
+
+
+@dataclass
+class Demo:
+    """The running server, with a view into its engine and its log."""
+
+    server: LiveServer
+    serving: Serving
+    log_file: Path
+
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+    @property
+    def engine(self) -> object:
+        return self.serving.chat.served.engine
+
+    def unfinished(self) -> int:
+        """Requests that vLLM still works on, by its own count."""
+        return self.engine._llm.get_num_unfinished_requests()
+
+    def holds_no_blocks(self) -> bool:
+        """Whether the engine process itself has freed every KV block: it refuses to reset its
+        prefix cache while a request, running or aborted too late, holds one."""
+        return self.server.call(self.engine._llm.reset_prefix_cache())
+
+    def log_lines(self, at_least: int) -> list[dict[str, object]]:
+        assert eventually(lambda: self.log_file.read_text().count("\n") >= at_least)
+        return [json.loads(line) for line in self.log_file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    log_file = tmp_path_factory.mktemp("log") / "requests.log"
+    command = cli.parse(["--model", "demo", "--log-file", str(log_file), "--max-model-len", "2048"])
+    log = RequestLog(str(log_file), max_mb=128, max_count=1, content=False)
+    serving = Serving()
+    with live(create_app(command.settings, serving, log)) as running:
+        with warnings.catch_warnings(action="ignore"):  # torch and vLLM warn while they import
+            served = server.load(command, lambda phase: None)
+        serving.chat = ChatService(served, command.settings, clock=time.monotonic, now=time.time)
+        yield Demo(running, serving, log_file)
