@@ -163,11 +163,7 @@ def _with_dashes(argument: str) -> str:
 
 
 def _keys_from(environ: Mapping[str, str]) -> list[str]:
-    return (
-        re.split(r"[\s,]+", environ.get(API_KEYS_VARIABLE, "").strip())
-        if environ.get(API_KEYS_VARIABLE, "").strip()
-        else []
-    )
+    return re.findall(r"[^\s,]+", environ.get(API_KEYS_VARIABLE, ""))
 
 
 def _settings(fields: Mapping[str, Any]) -> Settings:

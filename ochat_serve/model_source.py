@@ -46,7 +46,7 @@ class ModelSource:
     def context(self) -> int | None:
         """The most tokens that the template allows, None for the model's own bound."""
         template = TEMPLATES.get(self.model_type)
-        return template.max_model_len if template and template.uses_condition else None
+        return template.max_model_len if template and template.is_openchat else None
 
 
 def locate(
@@ -70,7 +70,7 @@ def locate(
         own_names = [model, Path(path).name]
     kind = canonical(model_type) if model_type else _detect(path, revision)
     template = TEMPLATES.get(kind)
-    type_names = (template.name, *template.aliases) if template and template.uses_condition else ()
+    type_names = (template.name, *template.aliases) if template and template.is_openchat else ()
     names = tuple(dict.fromkeys((*served_model_name, *type_names, *own_names)))
     return ModelSource(path=path, model_type=kind, names=names)
 

@@ -8,11 +8,12 @@ import contextlib
 import errno
 import hashlib
 import os
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import uvicorn
 
@@ -54,7 +55,7 @@ def run(command: cli.Command) -> int:
     sockets = _bind(settings.host, settings.port)
     log = _open_log(settings)
     serving = Serving()
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(
             create_app(settings, serving, log),
             loop="uvloop",
@@ -77,11 +78,29 @@ def run(command: cli.Command) -> int:
     server.run(sockets=sockets)
     if failures:
         raise failures[0]
+    if serving.chat is None and not loader.is_alive():
+        return 1  # a bug: the loading thread has shown its traceback
     if loader.is_alive():
         # A half-built engine cannot be asked to stop; its processes end with this one.
         _end_children()
         os._exit(0)
     return 0
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server; a signal that was obeyed is not raised again, so the exit code is 0."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        before = {
+            number: signal.signal(number, self.handle_exit)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _load_into(

@@ -8,7 +8,7 @@ has one (ChatML, Zephyr, Llama-3), ours is the model's own.
 import re
 from types import MappingProxyType
 
-from ochat_serve.templates.turns import Role, TurnTemplate
+from ochat_serve.templates.turns import OPENCHAT, Role, TurnTemplate
 
 HF = "hf"
 
@@ -31,7 +31,7 @@ _ROWS = (
         condition="GPT4 Correct",
         name_pattern=r"openchat[-_]?3\.6",
         default_temperature=0.7,
-        owned_by="openchat",
+        owned_by=OPENCHAT,
     ),
     TurnTemplate(
         name="gemma",
@@ -42,7 +42,7 @@ _ROWS = (
         system="bare",
         name_pattern=r"openchat[-_]?3\.5.*gemma",
         default_temperature=0.7,
-        owned_by="openchat",
+        owned_by=OPENCHAT,
     ),
     TurnTemplate(
         name="openchat_3.5",
@@ -53,7 +53,7 @@ _ROWS = (
         system="bare",
         name_pattern=r"openchat[-_]?3\.5",
         default_temperature=0.7,
-        owned_by="openchat",
+        owned_by=OPENCHAT,
     ),
     TurnTemplate(
         name="openchat_v3.2",
@@ -64,7 +64,7 @@ _ROWS = (
         name_pattern=r"openchat[-_]?v3\.2",
         max_model_len=4096,
         default_temperature=0.7,
-        owned_by="openchat",
+        owned_by=OPENCHAT,
     ),
     TurnTemplate(
         name="chatml",

@@ -7,6 +7,7 @@ from typing import Literal as OneOf
 from ochat_serve.generation import Conversation
 from ochat_serve.templates.segments import Literal, Plain, Segment, join_system
 
+OPENCHAT = "openchat"
 Role = OneOf["system", "user", "assistant"]
 
 
@@ -32,6 +33,10 @@ class TurnTemplate:
     default_temperature: float = 1.0
     owned_by: str = "ochat_serve"
     adds_bos: bool = True
+
+    @property
+    def is_openchat(self) -> bool:
+        return self.owned_by == OPENCHAT
 
     @property
     def uses_condition(self) -> bool:
