@@ -23,6 +23,8 @@ from pydantic.fields import FieldInfo
 from ochat_serve.errors import StartupError
 from ochat_serve.settings import Settings
 
+# As vLLM's own server spells it: a key must not end up in vLLM's complaint of unknown flags.
+_OTHER_SPELLINGS = {"api_keys": ("--api-key",)}
 PROG = "python -m ochat_serve.openai_api_server"
 API_KEYS_VARIABLE = "OCHAT_API_KEYS"
 _EPILOG = """Every vLLM engine flag works too and is passed through unchanged
@@ -54,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.description = "Serve a chat model with OpenAI's API."
     for name, field in Settings.model_fields.items():
-        flags.add_argument(_flag(name), **_argument(name, field))
+        flags.add_argument(_flag(name), *_OTHER_SPELLINGS.get(name, ()), **_argument(name, field))
     flags.add_argument(
         "--config", metavar="FILE", help="YAML file of flags; the command line wins."
     )

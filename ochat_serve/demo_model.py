@@ -65,8 +65,11 @@ def is_intact(folder: Path) -> bool:
     """Whether every file of the folder is what the conversion wrote."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        return manifest["recipe"] == _RECIPE and all(
-            _sha256(folder / name) == digest for name, digest in manifest["files"].items()
+        files = manifest["files"]
+        return (
+            manifest["recipe"] == _RECIPE
+            and bool(files)
+            and all(_sha256(folder / name) == digest for name, digest in files.items())
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

@@ -113,7 +113,7 @@ def _config(model: str, name: str, revision: str | None) -> dict[str, Any]:
         reason = str(error).strip().split("\n")[0]
         raise StartupError(f"The model {model} cannot be fetched: {reason}") from error
     except ValueError as error:
-        raise StartupError(f"{name} of {model} is not valid JSON: {error}") from error
+        raise StartupError(f"{name} of {model} is not valid JSON: {error}.") from error
     if not isinstance(loaded, dict):
         raise StartupError(f"{name} of {model} is not a JSON object.")
     return loaded

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from ochat_serve.generation import Usage
 
 Outcome = Literal["finished", "failed", "abandoned"]
+logger = logging.getLogger(__name__)
 _FILE_MODE = 0o600
 
 
@@ -141,4 +142,6 @@ class RequestLog:
             self._file.close()
 
     def _count_drop(self) -> None:
+        if not self.dropped:
+            logger.error("The request log cannot be written; its lines are lost until it can.")
         self.dropped += 1

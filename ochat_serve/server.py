@@ -29,6 +29,7 @@ from ochat_serve.settings import Settings
 KEEP_ALIVE_TIMEOUT_S = 5
 SHUTDOWN_TIMEOUT_S = 30
 BACKLOG = 2048
+PHASES = ("finding the model", "importing vLLM", "loading the tokenizer", "loading the weights")
 
 
 def say(text: str) -> None:
@@ -114,7 +115,8 @@ def _load_into(
 
     def phase(name: str) -> None:
         serving.phase = name
-        say(f"{name} ...")
+        step = f"[{PHASES.index(name) + 1}/{len(PHASES)}]"
+        say(f"{step} {name} ...")
 
     try:
         served = load(command, phase)
@@ -138,7 +140,7 @@ def _load_into(
 def load(command: cli.Command, phase: Callable[[str], None]) -> ServedModel:
     """Find the model, import vLLM, build the engine.  Blocks; raises ``StartupError``."""
     settings = command.settings
-    phase("finding the model")
+    phase(PHASES[0])
     from ochat_serve.model_source import locate
 
     source = locate(
@@ -147,7 +149,7 @@ def load(command: cli.Command, phase: Callable[[str], None]) -> ServedModel:
         served_model_name=settings.served_model_name,
         revision=command.revision,
     )
-    phase("importing vLLM")
+    phase(PHASES[1])
     # vLLM's engine process must not be forked from a process with threads.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     from ochat_serve.engine import VllmEngine, parse_engine_flags
@@ -162,7 +164,7 @@ def load(command: cli.Command, phase: Callable[[str], None]) -> ServedModel:
         served_model_name=source.names[0],
         context=source.context,
     )
-    phase("loading the tokenizer")
+    phase(PHASES[2])
     tokenizer = Tokenizer.load(
         args.tokenizer or source.path,
         revision=args.tokenizer_revision or args.revision,
@@ -172,7 +174,7 @@ def load(command: cli.Command, phase: Callable[[str], None]) -> ServedModel:
         tokenizer.chat_template(), tokenizer.control_tokens
     )
     prompts = TemplateRenderer(template, tokenizer)
-    phase("loading the weights")
+    phase(PHASES[3])
     engine = VllmEngine.build(args, tokenizer.token_bytes)
     fingerprint = f"{__version__} {engine.info} {source} {args.dtype} {args.quantization}"
     return ServedModel(

@@ -154,10 +154,6 @@ class Collector:
     def texts(self) -> list[str]:
         return ["".join(choice.texts) for choice in self._choices]
 
-    @property
-    def finish_reasons(self) -> list[FinishReason | None]:
-        return [choice.finish_reason for choice in self._choices]
-
     def body(
         self, head: ReplyHead, usage: Usage, *, logprobs: bool, metadata: dict[str, str] | None
     ) -> bytes:
@@ -227,6 +223,16 @@ def _logprobs_json(positions: Sequence[PositionLogprobs]) -> bytes:
     return _event_json(logprobs_fields(positions))
 
 
+def _remove_first_space(delta: Delta) -> None:
+    """In the text and in the token that brought it, so that the bytes still make the text."""
+    delta.text = delta.text.removeprefix(" ")
+    if delta.logprobs:
+        first, *others = delta.logprobs
+        token = first.sampled
+        stripped = TokenLogprob(token.token_bytes.removeprefix(b" "), token.logprob)
+        delta.logprobs = [PositionLogprobs(stripped, first.top), *others]
+
+
 async def without_first_space(
     updates: AsyncGenerator[Update, None],
 ) -> AsyncGenerator[Update, None]:
@@ -241,5 +247,5 @@ async def without_first_space(
             for delta in update.deltas:
                 if delta.text and delta.index not in begun:
                     begun.add(delta.index)
-                    delta.text = delta.text.removeprefix(" ")
+                    _remove_first_space(delta)
             yield update

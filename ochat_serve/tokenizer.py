@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 import jinja2
@@ -41,7 +42,7 @@ class Tokenizer:
                 "which is needed to keep users' text apart from control tokens."
             )
         self._hf = hf_tokenizer
-        self._recognising, self._plain, self._controls = _split(backend)
+        self._recognising, self._plain, self._inside, self._controls = _split(backend)
         self._control_ids = frozenset(
             token_id
             for token in self._controls
@@ -50,7 +51,7 @@ class Tokenizer:
         self._control_texts = re.compile(
             "|".join(re.escape(token.text) for token in self._controls) or r"(?!)"
         )
-        self.bos_token_ids = tuple(hf_tokenizer("").input_ids)
+        self.bos_token_ids = _in_front_of_every_text(hf_tokenizer)
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="tokenize")
         self._encode_literal = lru_cache(maxsize=256)(self._recognise)
         self._token_bytes = lru_cache(maxsize=None)(_token_bytes_of(self._recognising))
@@ -60,9 +61,11 @@ class Tokenizer:
         """Load the tokenizer of a model folder or hub id.  Raises ``StartupError``."""
         try:
             return cls(AutoTokenizer.from_pretrained(model, **options))
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise StartupError(f"The tokenizer of {model} cannot be loaded: {reason}") from error
+        except StartupError:
+            raise
+        except Exception as error:  # tokenizers raises nothing narrower
+            reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+            raise StartupError(f"The tokenizer of {model} cannot be loaded: {reason}.") from error
 
     @property
     def control_tokens(self) -> tuple[ControlToken, ...]:
@@ -96,7 +99,7 @@ class Tokenizer:
             if isinstance(segment, Literal):
                 ids += self.encode_literal(segment.text)
             else:
-                ids += self.encode_plain(segment.text)
+                ids += self.encode_plain(segment.text, inside=segment.inside)
         return ids
 
     def encode_literal(self, text: str) -> Sequence[int]:
@@ -105,24 +108,26 @@ class Tokenizer:
             return self._encode_literal(text)
         return self._recognise(text)
 
-    def encode_plain(self, text: str) -> list[int]:
+    def encode_plain(self, text: str, *, inside: bool = False) -> list[int]:
         """Token ids of text from outside: never a control token."""
         if not text:
             return []
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        backend = self._inside if inside else self._plain
+        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
         if self._control_ids.isdisjoint(ids):
             return ids
-        return self._encode_in_parts(text)
+        return self._encode_in_parts(text, backend)
 
-    def _encode_in_parts(self, text: str) -> list[int]:
+    def _encode_in_parts(self, text: str, backend: Backend) -> list[int]:
         """For vocabularies whose plain words include a control token: cut every one in two."""
         ids: list[int] = []
         start = 0
         for found in self._control_texts.finditer(text):
             cut = found.start() + 1
-            ids += self._plain.encode(text[start:cut], add_special_tokens=False).ids
+            ids += backend.encode(text[start:cut], add_special_tokens=False).ids
+            backend = self._inside
             start = cut
-        ids += self._plain.encode(text[start:], add_special_tokens=False).ids
+        ids += backend.encode(text[start:], add_special_tokens=False).ids
         # What is left is a control token spelled by normalisation alone: it says nothing.
         return [token_id for token_id in ids if token_id not in self._control_ids]
 
@@ -151,8 +156,16 @@ class Tokenizer:
         return apply
 
 
-def _split(backend: Backend) -> tuple[Backend, Backend, tuple[ControlToken, ...]]:
-    """A copy that recognises control tokens, one that never does, and the control tokens."""
+def _in_front_of_every_text(hf_tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What an empty text becomes, up to the end of text that some tokenizers add."""
+    bos, eos = hf_tokenizer.bos_token_id, hf_tokenizer.eos_token_id
+    ids = hf_tokenizer("").input_ids
+    return tuple(takewhile(lambda token_id: token_id == bos or token_id != eos, ids))
+
+
+def _split(backend: Backend) -> tuple[Backend, Backend, Backend, tuple[ControlToken, ...]]:
+    """A copy that recognises control tokens, two that never do (for a text on its own, and for
+    one inside a prompt), and the control tokens."""
     spec = json.loads(backend.to_str())
     spec["truncation"] = spec["padding"] = None
     recognising = Backend.from_str(json.dumps(spec))
@@ -162,9 +175,20 @@ def _split(backend: Backend) -> tuple[Backend, Backend, tuple[ControlToken, ...]
         if token["special"] or _CONTROL_SHAPE.fullmatch(token["content"]):
             token["special"] = True
             controls.append(ControlToken(token["content"], token["lstrip"], token["rstrip"]))
-    plain = Backend.from_str(json.dumps(spec))
-    plain.encode_special_tokens = True
-    return recognising, plain, tuple(controls)
+    plain = inside = Backend.from_str(json.dumps(spec))
+    if _drop_first_prefix(spec["pre_tokenizer"]):
+        inside = Backend.from_str(json.dumps(spec))
+    plain.encode_special_tokens = inside.encode_special_tokens = True
+    return recognising, plain, inside, tuple(controls)
+
+
+def _drop_first_prefix(pre_tokenizer: dict[str, Any] | None) -> bool:
+    """Take away the space that is put in front of a prompt only; whether there was one."""
+    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
+    first = [step for step in steps if step and step.get("prepend_scheme") == "first"]
+    for step in first:
+        step["prepend_scheme"] = "never"
+    return bool(first)
 
 
 def _token_bytes_of(backend: Backend) -> Callable[[int], bytes]:

@@ -1,7 +1,7 @@
 """Hermetic stand-ins for the two seams of ``generation``: no model, no clock, no threads."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 from ochat_serve.chat_service import ChatService
@@ -15,8 +15,6 @@ from ochat_serve.generation import (
 )
 from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings
-
-Step = Update | Exception | Callable[[], asyncio.Future[None] | asyncio.Event]
 
 
 def words(*texts: str, finish: str = "stop", index: int = 0) -> list[Update]:
@@ -38,7 +36,9 @@ class ScriptedEngine:
     """Plays one script for every request: updates are yielded, errors raised, waits waited."""
 
     script: Sequence[Update | Exception | Wait] = field(default_factory=lambda: words("Hi", "!"))
-    info: EngineInfo = EngineInfo(max_model_len=100, vocab_size=1_000, version="0")
+    info: EngineInfo = field(
+        default_factory=lambda: EngineInfo(max_model_len=100, vocab_size=1_000, version="0")
+    )
     failure: str | None = None
     running: int = 0
     requests: list[tuple[Sequence[int], SamplingOptions]] = field(default_factory=list)

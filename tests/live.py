@@ -29,23 +29,18 @@ class LiveServer:
         self._server = uvicorn.Server(
             uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
         )
-        self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
         async def main() -> None:
             self.loop = asyncio.get_running_loop()
-            serve = asyncio.create_task(self._server.serve(sockets=[self._socket]))
-            while not self._server.started and not serve.done():
-                await asyncio.sleep(0.005)
-            self._started.set()
-            await serve
+            await self._server.serve(sockets=[self._socket])
 
         asyncio.run(main())
 
     def start(self) -> None:
         self._thread.start()
-        assert self._started.wait(START_TIMEOUT_S)
+        assert eventually(lambda: self._server.started, START_TIMEOUT_S)
 
     def stop(self) -> None:
         self._server.should_exit = True

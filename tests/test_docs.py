@@ -29,7 +29,10 @@ def words_in_code(text: str) -> set[str]:
 
 def test_every_flag_is_in_the_readme_with_its_default() -> None:
     documented = words_in_code(README)
-    flags = {action.option_strings[-1] for action in cli.parser()._actions} - {"--help"}
+    flags = {o for action in cli.parser()._actions for o in action.option_strings} - {
+        "-h",
+        "--help",
+    }
     assert flags <= documented, flags - documented
     rows = dict(re.findall(r"\| `(--[a-z-]+)` \| ([^|]+) \|", README))
     for name, field in Settings.model_fields.items():

@@ -1,16 +1,17 @@
 """A model's own chat template (Jinja), made safe for text from outside.
 
-The template sees every message with its control tokens broken: a guard character stands
-inside each, so what looks like a control token in the rendered prompt was written by the
-template.  The rendered prompt is then cut at those, the guards are taken out, and the
-rest is plain text.  Honest text needs no guard, and its prompt is encoded whole: the same
-ids as everywhere else.
+The template sees every message with its control tokens broken: guard characters stand
+around and inside each, so what looks like a control token in the rendered prompt was written
+by the template.  The rendered prompt is then cut at those, the guards are taken out, and the
+rest is plain text.  A tokenizer itself cuts a prompt at its control tokens before anything
+else, so honest text has the same ids as everywhere else.
 """
 
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from ochat_serve.errors import InvalidRequest
 from ochat_serve.generation import Conversation
 from ochat_serve.templates.segments import Literal, Plain, Segment, join_system
 
@@ -19,6 +20,7 @@ ApplyTemplate = Callable[[list[dict[str, str]], bool], str]
 
 _PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
 _PROBE = "\N{LEFT WHITE CORNER BRACKET}probe\N{RIGHT WHITE CORNER BRACKET}"
+_SPACE = re.compile(r"\s+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +46,9 @@ class HfTemplate:
 
     def __init__(self, apply: ApplyTemplate, control_tokens: Iterable[ControlToken]) -> None:
         self._apply = apply
-        tokens = sorted(control_tokens, key=lambda token: len(token.text), reverse=True)
-        self._texts = tuple(token.text for token in tokens)
-        self._cut = re.compile("|".join(f"({_pattern(token)})" for token in tokens) or r"(?!)")
+        self._tokens = {token.text: token for token in control_tokens}
+        self._texts = sorted(self._tokens, key=len, reverse=True)
+        # Without groups: with one for each of Llama-3's 256 tokens it is a hundred times slower.
         self._find = re.compile("|".join(map(re.escape, self._texts)) or r"(?!)")
         self._beginnings = {text[:size] for text in self._texts for size in range(1, len(text))}
         self._endings = {text[size:] for text in self._texts for size in range(1, len(text))}
@@ -64,37 +66,42 @@ class HfTemplate:
         if continues:
             messages[-1]["content"] += mark
         prompt = self._apply(messages, not continues)
-        if continues:
-            prompt = prompt[: prompt.rindex(mark)] if mark in prompt else prompt
-        if guard not in prompt:
-            return [Literal(prompt)]
+        if continues and mark in prompt:
+            prompt = prompt[: prompt.rindex(mark)]
         return self._pieces(prompt, guard)
 
     def _pieces(self, prompt: str, guard: str) -> list[Segment]:
         """The prompt cut at the control tokens, all of which are the template's own."""
         pieces: list[Segment] = []
         end = 0
-        for found in self._cut.finditer(prompt):
-            pieces.append(Plain(prompt[end : found.start()].replace(guard, "")))
-            pieces.append(Literal(self._texts[(found.lastindex or 1) - 1]))
+        for found in self._find.finditer(prompt):
+            token = self._tokens[found[0]]
+            before = prompt[end : found.start()]
+            pieces.append(_plain(before.rstrip() if token.lstrip else before, guard, end))
+            pieces.append(Literal(token.text))
             end = found.end()
-        pieces.append(Plain(prompt[end:].replace(guard, "")))
+            if token.rstrip and (space := _SPACE.match(prompt, end)):
+                end = space.end()
+        pieces.append(_plain(prompt[end:], guard, end))
         return [piece for piece in pieces if piece.text]
 
     def _guarded(self, text: str, guard: str) -> str:
-        """``text`` with a guard inside every control token, and inside every part of one at
-        its edges: two texts side by side must not make one either."""
+        """``text`` with guards in every control token, and in every part of one at its edges:
+        texts side by side, or in the template's brackets, must not make one either."""
         if any(hint in text for hint in self._hints):
-            text = self._find.sub(lambda found: found[0][0] + guard + found[0][1:], text)
-        ending = self._edge(text.rstrip()[-self._longest :], self._beginnings, from_end=True)
-        if ending:
-            at = len(text.rstrip()) - ending + 1
-            text = text[:at] + guard + text[at:]
-        beginning = self._edge(text.lstrip()[: self._longest], self._endings, from_end=False)
-        if beginning:
-            at = len(text) - len(text.lstrip())
-            text = text[:at] + guard + text[at:]
-        return text
+            text = self._find.sub(lambda found: _apart(found[0], guard), text)
+        body = text.strip()  # a template may trim
+        if not body:
+            return text
+        at = len(text) - len(text.lstrip())
+        before, after = text[:at], text[at + len(body) :]
+        if len(body) < self._longest and any(body in token for token in self._texts):
+            return before + _apart(body, guard) + after
+        if size := self._edge(body[-self._longest :], self._beginnings, from_end=True):
+            body = body[:-size] + _apart(body[-size:], guard)
+        if size := self._edge(body[: self._longest], self._endings, from_end=False):
+            body = _apart(body[:size], guard) + body[size:]
+        return before + body + after
 
     @staticmethod
     def _edge(edge: str, parts: set[str], *, from_end: bool) -> int:
@@ -111,9 +118,13 @@ class HfTemplate:
         if not any(first in text or second in text for text in texts):
             return first, second
         used: set[str] = set().union(*texts)
-        free = (char for char in map(chr, _PRIVATE_USE) if char not in used)
-        # There are more private-use characters than a request body can hold.
-        return next(free), next(free)
+        free = [char for char in map(chr, _PRIVATE_USE) if char not in used]
+        if len(free) < 2:
+            raise InvalidRequest(
+                "The messages hold every private-use character of Unicode; two must be left over.",
+                param="messages",
+            )
+        return free[0], free[1]
 
     def _first_token_after_assistant(self) -> str | None:
         """How this template ends a turn: seen by rendering one."""
@@ -121,11 +132,14 @@ class HfTemplate:
             [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}], False
         )
         at = prompt.find(_PROBE)
-        found = self._cut.search(prompt, at + len(_PROBE)) if at >= 0 else None
-        return self._texts[(found.lastindex or 1) - 1] if found else None
+        found = self._find.search(prompt, at + len(_PROBE)) if at >= 0 else None
+        return found[0] if found else None
 
 
-def _pattern(token: ControlToken) -> str:
-    before = r"\s*" if token.lstrip else ""
-    after = r"\s*" if token.rstrip else ""
-    return before + re.escape(token.text) + after
+def _plain(text: str, guard: str, end: int) -> Plain:
+    return Plain(text.replace(guard, ""), inside=end > 0)
+
+
+def _apart(part: str, guard: str) -> str:
+    """Guards around every character: also what lies inside or across a control token breaks."""
+    return guard + "".join(char + guard for char in part)

@@ -21,9 +21,14 @@ class Literal:
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """Text from outside; nothing in it becomes a control token."""
+    """Text from outside; nothing in it becomes a control token.
+
+    With ``inside`` it stands within a prompt that is one text: without the space that some
+    tokenizers put in front of a prompt.
+    """
 
     text: str
+    inside: bool = False
 
 
 Segment = Literal | Plain

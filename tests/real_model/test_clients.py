@@ -71,9 +71,7 @@ def test_openai_streaming_response(client: OpenAI) -> None:
 
 async def test_openai_async(demo: Demo) -> None:
     async with AsyncOpenAI(base_url=demo.url + "/v1", api_key="x", timeout=TIMEOUT_S) as client:
-        answer = await client.chat.completions.create(
-            model="demo", messages=FRANCE, temperature=0
-        )
+        answer = await client.chat.completions.create(model="demo", messages=FRANCE, temperature=0)
         assert answer.choices[0].message.content == PARIS
         stream = await client.chat.completions.create(
             model="demo", messages=FRANCE, temperature=0, stream=True

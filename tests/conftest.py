@@ -1,0 +1,55 @@
+"""What many tests share: real vocabularies, made or loaded once per session."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test needs the hub
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:  # importing transformers takes seconds, and most tests need no tokenizer
+    from tests.vocabularies import Vocabulary
+
+
+@pytest.fixture(scope="session")
+def llama3_folder(tmp_path_factory) -> Path:
+    from tests import model_folders
+
+    return model_folders.llama3(tmp_path_factory.mktemp("llama3"))
+
+
+@pytest.fixture(scope="session")
+def mistral_folder(tmp_path_factory) -> Path:
+    from tests import model_folders
+
+    return model_folders.mistral(tmp_path_factory.mktemp("mistral"))
+
+
+@pytest.fixture(scope="session")
+def demo_folder() -> Path:
+    from ochat_serve import demo_model
+
+    return demo_model.ensure()
+
+
+@pytest.fixture(scope="session")
+def llama3(llama3_folder) -> "Vocabulary":
+    from tests.vocabularies import Vocabulary
+
+    return Vocabulary.load(llama3_folder)
+
+
+@pytest.fixture(scope="session")
+def mistral(mistral_folder) -> "Vocabulary":
+    from tests.vocabularies import Vocabulary
+
+    return Vocabulary.load(mistral_folder)
+
+
+@pytest.fixture(scope="session")
+def demo(demo_folder) -> "Vocabulary":
+    from tests.vocabularies import Vocabulary
+
+    return Vocabulary.load(demo_folder)

@@ -1,0 +1,371 @@
+"""From a command line, an environment and a YAML file to settings and engine flags."""
+
+import importlib.util
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ochat_serve.cli import Command, parse, parser
+from ochat_serve.errors import StartupError
+from ochat_serve.settings import Settings
+
+SECRET = "sk-very-secret"
+RAY = (
+    ("--distributed-executor-backend", "ray") if importlib.util.find_spec("ray") is not None else ()
+)
+
+
+def command(line: str, environ: Mapping[str, str] | None = None) -> Command:
+    return parse(line.split(), environ or {})
+
+
+def keys(told: Command) -> list[str]:
+    return [key.get_secret_value() for key in told.settings.api_keys]
+
+
+def refusal(argv: list[str], environ: Mapping[str, str] | None = None) -> str:
+    """The one sentence that stops the start."""
+    with pytest.raises(StartupError) as stopped:
+        parse(argv, environ or {})
+    sentence = str(stopped.value)
+    assert re.fullmatch(r"[A-Z\-][^\n]*[^.\n]\.", sentence), sentence
+    jargon = r"pydantic|https?:|\[type=|input_value|[Ss]hould|<class|_json|Traceback"
+    assert not re.search(jargon, sentence), sentence
+    return sentence
+
+
+# Every field of Settings: arguments that set it, and what it is then.
+FLAGS: dict[str, tuple[list[str], Any]] = {
+    "model": (["demo"], "demo"),
+    "model_type": (["hf"], "hf"),
+    "served_model_name": (["a", "b"], ("a", "b")),
+    "enable_sys_prompt": ([], True),
+    "default_temperature": (["0.5"], 0.5),
+    "stream_period": (["6"], 6),
+    "max_n": (["4"], 4),
+    "max_body_mb": (["0.5"], 0.5),
+    "ping_interval_s": (["2.5"], 2.5),
+    "strict_parameters": ([], True),
+    "host": (["::1"], "::1"),
+    "port": (["0"], 0),
+    "api_keys": (["a", "b"], ("a", "b")),
+    "insecure_no_auth": ([], True),
+    "allow_credentials": ([], True),
+    "allowed_origins": (['["https://a.example"]'], ("https://a.example",)),
+    "allowed_methods": (['["GET", "POST"]'], ("GET", "POST")),
+    "allowed_headers": (["[]"], ()),
+    "log_file": (["openchat.log"], "openchat.log"),
+    "log_max_mb": (["1"], 1),
+    "log_max_count": (["2"], 2),
+    "log_content": ([], True),
+}
+
+
+def dashed(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def test_the_table_has_every_field():
+    assert FLAGS.keys() == Settings.model_fields.keys()
+
+
+@pytest.mark.parametrize("name", FLAGS)
+@pytest.mark.parametrize("spell", [dashed, lambda name: f"--{name}"], ids=["dashes", "underscores"])
+def test_every_field_has_a_flag(name: str, spell: Any):
+    values, expected = FLAGS[name]
+    told = parse([spell(name), *values], {})
+    value = getattr(told.settings, name)
+    plain = tuple(keys(told)) if name == "api_keys" else value
+    assert plain == expected
+    assert expected != Settings.model_fields[name].default
+    assert told.settings.model_fields_set == {name, "api_keys"}
+    assert told.engine_flags == ()
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_every_flag_has_help(name: str):
+    """Its description, whole, and its default where it has one."""
+    # Lines are wrapped at hyphens, too: white space tells nothing.
+    text = "".join(parser().format_help().split())
+    field = Settings.model_fields[name]
+    assert field.description
+    assert dashed(name) in text
+    assert "".join(field.description.split()) in text
+    if isinstance(field.default, str | int | float) and not isinstance(field.default, bool):
+        assert f"(default:{field.default})" in text
+
+
+def test_asking_for_help_is_no_error(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        command("--help")
+    assert ended.value.code == 0
+    assert "--tensor-parallel-sizeN" in "".join(capsys.readouterr().out.split())
+    assert command("--help=all").help_all
+    assert "--log-file" in capsys.readouterr().out
+
+
+# The reference's documentation has these lines; scripts of its users, too.
+def test_the_shortest_line():
+    told = command("--model openchat/openchat-3.6-8b-20240522")
+    assert told == Command(Settings(model="openchat/openchat-3.6-8b-20240522"))
+    assert told == command("")
+
+
+def test_tensor_parallel_line():
+    told = command("--model M --tensor-parallel-size 2")
+    assert told == Command(Settings(model="M"), ("--tensor-parallel-size", "2"))
+
+
+def test_line_with_keys_and_a_log():
+    told = command(
+        "--model M --api-keys sk-KEY1 sk-KEY2 --disable-log-requests --disable-log-stats "
+        "--log-file openchat.log"
+    )
+    assert keys(told) == ["sk-KEY1", "sk-KEY2"]
+    assert told.settings.log_file == "openchat.log"
+    assert told.engine_flags == ("--disable-log-stats",)
+    assert told.notices == ()
+
+
+def test_line_with_ray():
+    told = command("--model M --engine-use-ray --worker-use-ray --tensor-parallel-size 2")
+    assert told.settings == Settings(model="M")
+    assert told.engine_flags == (*RAY, "--tensor-parallel-size", "2")
+    assert told.notices[0].startswith("--engine-use-ray: ")
+    # Not silently another thing than asked for.
+    assert bool(RAY) is not any(notice.startswith("--worker-use-ray") for notice in told.notices)
+
+
+@pytest.mark.parametrize(
+    ("line", "flags"),
+    [
+        ("--dtype auto --model M --max-model-len 4096", "--dtype auto --max-model-len 4096"),
+        ("--tensor_parallel_size=2 --a_b c_d", "--tensor-parallel-size=2 --a-b c_d"),
+        ("-tp 2 -O3 -cc.mode=3 --seed -1", "-tp 2 -O3 -cc.mode=3 --seed -1"),
+        ("--compilation_config.pass_config.x_y=1", "--compilation-config.pass_config.x_y=1"),
+        ("--api-keys k --dtype auto --port 5 stray", "--dtype auto stray"),
+        ("--no-enable-prefix-caching --enable_x", "--no-enable-prefix-caching --enable-x"),
+        # Half a name of ours is not ours.
+        ("--mod M --max-n 4 --max 4", "--mod M --max 4"),
+        ("--revision main --dtype auto", "--dtype auto --revision main"),
+        ("--enable-log-requests --disable-log-requests", ""),
+    ],
+)
+def test_engine_flags_pass_through_in_order(line: str, flags: str):
+    assert command(line).engine_flags == tuple(flags.split())
+
+
+def test_values_with_spaces_and_braces_pass_through():
+    argv = ["--hf-overrides", '{"a_b": "c d"}', "--x", "--y_z=a b"]
+    assert parse(argv, {}).engine_flags == (argv[0], argv[1], "--x", "--y-z=a b")
+
+
+@pytest.mark.parametrize(
+    ("line", "environ", "expected"),
+    [
+        ("", {}, []),
+        ("", {"OCHAT_API_KEYS": ""}, []),
+        ("", {"OCHAT_API_KEYS": " , "}, []),
+        ("", {"OCHAT_API_KEYS": "a"}, ["a"]),
+        ("", {"OCHAT_API_KEYS": "a,"}, ["a"]),
+        ("", {"OCHAT_API_KEYS": " a,b\nc ,d\t"}, ["a", "b", "c", "d"]),
+        ("--api-keys x", {"OCHAT_API_KEYS": "a"}, ["x"]),
+        # A flag without values must not open a server that its environment closes.
+        ("--api-keys", {"OCHAT_API_KEYS": "a"}, ["a"]),
+        ("--api-keys", {}, []),
+        ("--api-keys x --api-keys y z", {}, ["y", "z"]),
+        ("--api-key x", {}, ["x"]),
+    ],
+)
+def test_where_keys_come_from(line: str, environ: dict[str, str], expected: list[str]):
+    assert keys(command(line, environ)) == expected
+
+
+def test_keys_in_the_environment_open_a_public_address():
+    assert command("--host 0.0.0.0", {"OCHAT_API_KEYS": "a"}).settings.host == "0.0.0.0"
+    assert command("--host 0.0.0.0 --insecure-no-auth").settings.host == "0.0.0.0"
+    for environ in ({}, {"OCHAT_API_KEYS": " , "}):
+        assert refusal(["--host", "0.0.0.0"], environ) == (
+            "--host 0.0.0.0 can be reached from other machines but no API key is set. Set "
+            "OCHAT_API_KEYS, or pass --insecure-no-auth if that is what you want."
+        )
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "::1"])
+def test_loopback_needs_no_keys(host: str):
+    assert command(f"--host {host}").settings.host == host
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--port", "99999"], "--port 99999: must be less than or equal to 65535."),
+        (
+            ["--port", ""],
+            "--port '': must be a valid integer, unable to parse string as an integer.",
+        ),
+        (["--port"], "Argument --port: expected one argument."),
+        (["--model", ""], "--model '': must have at least 1 character."),
+        (
+            ["--default-temperature", "3"],
+            "--default-temperature 3: must be less than or equal to 2.",
+        ),
+        (["--ping-interval-s", "inf"], "--ping-interval-s inf: must be a finite number."),
+        (["--max-n", "1.5"], None),
+        (["--log-max-mb", "0"], "--log-max-mb 0: must be greater than or equal to 1."),
+        (["--strict-parameters=1"], None),
+        (
+            ["--allowed-origins", "*"],
+            "Argument --allowed-origins: '*' is not a JSON list of strings.",
+        ),
+        (["--allowed-origins", "[1]"], None),
+        (["--allowed-origins", '"*"'], None),
+        (
+            ["--allow-credentials", "--allowed-origins", '["*"]'],
+            '--allow-credentials needs named --allowed-origins, not "*".',
+        ),
+    ],
+    ids=str,
+)
+def test_bad_values_are_one_sentence_with_the_flag(argv: list[str], sentence: str | None):
+    told = refusal([*argv, "--api-keys", SECRET] if argv[-1] != "--port" else argv)
+    assert argv[0].partition("=")[0] in told
+    assert sentence is None or told == sentence
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--port", "x"],
+        ["--allow-credentials", "--allowed-origins", '["*"]'],
+        ["--allowed-origins", "x"],
+    ],
+)
+def test_no_secret_in_an_error_or_its_cause(argv: list[str]):
+    with pytest.raises(StartupError) as stopped:
+        parse([*argv, "--api-keys", SECRET], {"OCHAT_API_KEYS": SECRET})
+    error: BaseException | None = stopped.value
+    while error is not None:
+        assert SECRET not in f"{error} {error!r}"
+        error = error.__cause__ or error.__context__
+
+
+@pytest.mark.parametrize(
+    ("line", "environ"),
+    [(f"--api-keys {SECRET}", {}), (f"--api-keys={SECRET}", {}), ("", {"OCHAT_API_KEYS": SECRET})],
+)
+def test_no_secret_in_what_is_printed(line: str, environ: dict[str, str]):
+    told = command(line, environ)
+    assert keys(told) == [SECRET]
+    assert SECRET not in f"{told} {told!r} {told.settings} {told.settings!r}"
+
+
+def config(folder: Path, text: str) -> list[str]:
+    file = folder / "config.yaml"
+    file.write_text(text, encoding="utf-8")
+    return ["--config", str(file)]
+
+
+def test_a_config_file_is_a_command_line(tmp_path: Path):
+    argv = config(
+        tmp_path,
+        """
+        # Names with dashes or underscores, as the flags.
+        model: M
+        max_n: 4
+        port: 5
+        served-model-name: [a, b]
+        api-keys: [k1, k2]
+        allowed-origins: ["https://a.example"]
+        log-content: true
+        strict-parameters: false
+        log-file: null
+        worker-use-ray: false
+        engine_use_ray: false
+        disable-log-requests: false
+        tensor-parallel-size: 2
+        gpu_memory_utilization: 0.8
+        enforce-eager: true
+        enable-prefix-caching: false
+        max-model-len: null
+        compilation-config: {mode: 3, pass_config: {x_y: true}}
+        cudagraph-capture-sizes: [1, 2]
+        dtype: 数
+        """,
+    )
+    told = parse(argv, {})
+    assert told.settings == Settings(
+        model="M",
+        max_n=4,
+        port=5,
+        served_model_name=("a", "b"),
+        api_keys=("k1", "k2"),
+        allowed_origins=("https://a.example",),
+        log_content=True,
+    )
+    assert told.engine_flags == (
+        *("--tensor-parallel-size", "2"),
+        *("--gpu-memory-utilization", "0.8"),
+        "--enforce-eager",
+        "--no-enable-prefix-caching",
+        *("--compilation-config", '{"mode": 3, "pass_config": {"x_y": true}}'),
+        *("--cudagraph-capture-sizes", "1", "2"),
+        *("--dtype", "数"),
+    )
+    assert told.notices == ()
+
+
+def test_the_command_line_wins(tmp_path: Path):
+    """For engine flags, too: vLLM takes the last one."""
+    argv = config(
+        tmp_path,
+        "port: 5\nmodel: M\nserved-model-name: [a]\napi-keys: [k]\ntensor-parallel-size: 2\n",
+    )
+    flags = ["--port", "6", "--served_model_name", "b", "--tensor-parallel-size", "4"]
+    for line in ([*argv, *flags], [*flags, *argv]):
+        told = parse(line, {"OCHAT_API_KEYS": "env"})
+        assert (told.settings.port, told.settings.model) == (6, "M")
+        assert told.settings.served_model_name == ("b",)
+        assert keys(told) == ["k"]
+        assert told.engine_flags[-2:] == ("--tensor-parallel-size", "4")
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "null\n", "{}\n", "api-keys: []\n"])
+def test_an_empty_config_file_changes_nothing(tmp_path: Path, text: str):
+    environ = {"OCHAT_API_KEYS": "a"}
+    assert parse(config(tmp_path, text), environ) == parse([], environ)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a: [", "is not valid YAML"),
+        ("a: b: c", "is not valid YAML"),
+        ("!!python/object:os.system {}", "is not valid YAML"),
+        ("- a\n- b", "must be a mapping of flags to values"),
+        ("just words", "must be a mapping of flags to values"),
+        ("5", "must be a mapping of flags to values"),
+    ],
+)
+def test_a_config_file_that_is_none(tmp_path: Path, text: str, reason: str):
+    argv = config(tmp_path, text)
+    assert refusal(argv).startswith(f"--config {argv[1]} {reason}")
+
+
+def test_a_config_file_that_cannot_be_read(tmp_path: Path):
+    missing = str(tmp_path / "none.yaml")
+    assert refusal(["--config", missing]) == (
+        f"--config {missing} cannot be read: No such file or directory."
+    )
+    assert refusal(["--config", str(tmp_path)]).startswith(f"--config {tmp_path} cannot be read")
+    (tmp_path / "latin").write_bytes(b"model: \xff")
+    assert "is not valid YAML" in refusal(["--config", str(tmp_path / "latin")])
+
+
+def test_bad_values_in_a_config_file_name_the_flag(tmp_path: Path):
+    assert refusal(config(tmp_path, "port: 99999")).startswith("--port 99999: must be ")
+    assert "--allowed-origins" in refusal(config(tmp_path, 'allowed-origins: "*"'))
+    assert "--host 0.0.0.0" in refusal(config(tmp_path, "host: 0.0.0.0"))

@@ -1,0 +1,151 @@
+"""What stops a start: one sentence, exit code 1, before any weight is read."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.live import eventually
+from tests.model_folders import llama3
+from tests.process import ROOT, free_port, server_process
+
+QUICK_S = 60
+
+
+def start(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ochat_serve.openai_api_server", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environ},
+        timeout=QUICK_S,
+        check=False,
+    )
+
+
+def the_sentence(done: subprocess.CompletedProcess[str]) -> str:
+    """The last line said, and nothing like a traceback before it."""
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ochat_serve: ")
+    return last.removeprefix("ochat_serve: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "/no/such/folder"], "There is no model folder /no/such/folder."),
+        (["--model", "nobody/nothing"], "The model nobody/nothing was not found"),
+        (["--model", "demo", "--model-type", "gpt"], "--model-type gpt is unknown."),
+        (["--port", "notaport"], "--port notaport: must be a valid integer"),
+        (["--port", "99999"], "--port 99999: must be less than or equal to 65535."),
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 can be reached from other machines"),
+        (
+            ["--host", "no.such.host.invalid", "--insecure-no-auth"],
+            "--host no.such.host.invalid is",
+        ),
+        (["--log-file", "/no/such/folder/x.log"], "--log-file /no/such/folder/x.log cannot be"),
+        (["--config", "/no/such.yaml"], "--config /no/such.yaml cannot be read"),
+    ],
+)
+def test_wrong_settings(arguments: list[str], said: str) -> None:
+    port = [] if "--port" in arguments else ["--port", str(free_port())]
+    assert the_sentence(start(*arguments, *port)).startswith(said)
+
+
+def test_a_port_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = the_sentence(start("--model", "demo", "--port", str(port)))
+    assert said.startswith(f"Port {port} of localhost is in use.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tensor-parallel-size", "64"], "--tensor-parallel-size 64 x --pipeline-parallel-size"),
+        (["--no-such-flag", "1"], "Unrecognized arguments: --no-such-flag 1"),
+        (["--max-model-len", "many"], "Argument --max-model-len"),
+        (["--model-type", "gemma"], "The template gemma ends its turns with <end_of_turn>"),
+        (["--model-type", "hf"], "This model's tokenizer has no chat template."),
+    ],
+)
+def test_what_only_vllm_or_the_tokenizer_can_tell(
+    llama3_folder: Path, arguments: list[str], said: str
+) -> None:
+    done = start("--model", str(llama3_folder), *arguments, "--port", str(free_port()))
+    assert the_sentence(done).startswith(said)
+    assert "Loading weights" not in done.stderr
+
+
+def test_a_model_without_weights_is_one_sentence_too(tmp_path: Path) -> None:
+    folder = llama3(tmp_path / "model")
+    with server_process("--model", str(folder), output=tmp_path / "output.txt") as server:
+        server.wait_until_answering()
+        assert server.process.wait(120) == 1
+    last = server.output.strip().splitlines()[-1]
+    assert last.startswith(f"ochat_serve: vLLM cannot serve {folder}: ")
+
+
+def test_a_signal_while_loading_ends_it_and_its_children(tmp_path: Path) -> None:
+    with server_process("--model", "demo", output=tmp_path / "output.txt") as server:
+        server.wait_until_answering()
+        assert eventually(server.children, within_s=60), "the engine process is being started"
+        children = server.children()
+        assert server.stop(signal.SIGTERM) == 0
+        assert eventually(lambda: not any(map(alive, children)), within_s=20)
+
+
+def alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def test_the_old_command_line_from_the_first_second_to_the_last(tmp_path: Path) -> None:
+    """Every flag of the reference's README, on the demo model: early answers, keys, log, end."""
+    log = tmp_path / "openchat.log"
+    with server_process(
+        "--model", "demo",
+        "--engine-use-ray", "--worker-use-ray", "--tensor-parallel-size", "1",
+        "--api-keys", "sk-KEY1", "sk-KEY2",
+        "--disable-log-requests", "--disable-log-stats",
+        "--log-file", str(log),
+        "--max-model-len", "1024",
+        output=tmp_path / "output.txt",
+        VLLM_CPU_KVCACHE_SPACE="1",
+    ) as server:  # fmt: skip
+        server.wait_until_answering()
+        key = {"authorization": "Bearer sk-KEY2"}
+        early = httpx.get(server.url + "/readyz", headers=key)
+        assert (early.status_code, early.json()["status"]) == (503, "loading")
+        ask = {"messages": [{"role": "user", "content": "What is the capital of France?"}],
+               "temperature": 0}  # fmt: skip
+        chat = server.url + "/v1/chat/completions"
+        too_early = httpx.post(chat, json=ask, headers=key)
+        assert (too_early.status_code, too_early.headers["retry-after"]) == (503, "5")
+
+        server.wait_until_ready("sk-KEY1")
+        assert httpx.post(chat, json=ask).status_code == 401
+        answer = httpx.post(chat, json=ask, headers=key, timeout=60).json()
+        assert answer["choices"][0]["message"]["content"] == "The capital of France is Paris."
+        children = server.children()
+        assert children
+        assert server.stop() == 0
+        assert eventually(lambda: not any(map(alive, children)), within_s=10)
+
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["status"] for line in lines] == [503, 401, 200]
+    for text in (server.output, log.read_text()):
+        assert "sk-KEY" not in text
+    assert "Ray is not installed" in server.output
