@@ -125,7 +125,7 @@ async def test_a_piece_does_not_join_with_what_the_template_writes():
         AddedToken("[INST]", normalized=False), AddedToken("<s>", normalized=False)
     )
     renderer = vocabulary.chat("<s>{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
-    for text in ("INST", "NS", "[INST", "INST]", " INST "):
+    for text in ("INST", "NS", "[INST", "INST]", " INST ", "INST] is it", "it is [INST"):
         ids = await renderer.render(conversation(("user", text)))
         assert vocabulary.spelled(ids) == f"<s>[{text}]"
         assert vocabulary.controls(ids) == [vocabulary.added["<s>"]], text
