@@ -7,6 +7,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, NoReturn
 
 from vllm import __version__ as vllm_version
@@ -40,6 +41,7 @@ FINISH_REASONS: dict[str, FinishReason] = {
 # Seeds of one request with n > 1 are consecutive; vLLM takes -1 for "no seed".
 _SEED_RANGE = 2**62
 _CPU_KV_CACHE_BYTES = 2 * 2**30
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
 _EAGER_FLAGS = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-cc", "-O")
 
 
@@ -72,6 +74,7 @@ def parse_engine_flags(
     if current_platform.is_cpu():
         _cpu_defaults(args, flags)
     _check_devices(args)
+    _check_weights(args)
     return args
 
 
@@ -112,6 +115,19 @@ def _cpu_devices() -> int:
     if binding == "nobind":
         return os.cpu_count() or 1
     return len(binding.split("|")) if binding != "auto" else len(get_visible_memory_node())
+
+
+def _check_weights(args: AsyncEngineArgs) -> None:
+    """A folder without weights is said here; vLLM would say it after most of a minute."""
+    folder = Path(args.model)
+    executor = args.distributed_executor_backend
+    if not folder.is_dir() or args.load_format != "auto" or executor not in (None, "mp", "uni"):
+        return
+    if not any(path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)):
+        raise StartupError(
+            f"The folder {folder} has no weights ({', '.join(_WEIGHT_FILES)}). "
+            "Is its download complete?"
+        )
 
 
 class VllmEngine:

@@ -76,8 +76,9 @@ def test_a_port_in_use() -> None:
         (["--tensor-parallel-size", "64"], "--tensor-parallel-size 64 x --pipeline-parallel-size"),
         (["--no-such-flag", "1"], "Unrecognized arguments: --no-such-flag 1"),
         (["--max-model-len", "many"], "Argument --max-model-len"),
-        (["--model-type", "gemma"], "The template gemma ends its turns with <end_of_turn>"),
-        (["--model-type", "hf"], "This model's tokenizer has no chat template."),
+        (["--load-format", "dummy", "--model-type", "gemma"], "The template gemma ends"),
+        (["--load-format", "dummy", "--model-type", "hf"], "This model's tokenizer has no chat"),
+        ([], "The folder "),
     ],
 )
 def test_what_only_vllm_or_the_tokenizer_can_tell(
@@ -88,8 +89,9 @@ def test_what_only_vllm_or_the_tokenizer_can_tell(
     assert "Loading weights" not in done.stderr
 
 
-def test_a_model_without_weights_is_one_sentence_too(tmp_path: Path) -> None:
-    folder = llama3(tmp_path / "model")
+def test_a_model_that_vllm_cannot_load_is_one_sentence_too(tmp_path: Path) -> None:
+    folder = llama3(tmp_path / "model", chat_template="{{ messages[0]['content'] }}")
+    (folder / "model.safetensors").write_bytes(b"not weights")
     with server_process("--model", str(folder), output=tmp_path / "output.txt") as server:
         server.wait_until_answering()
         assert server.process.wait(120) == 1

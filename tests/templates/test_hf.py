@@ -145,6 +145,20 @@ def test_the_end_of_turn_is_what_the_template_writes_after_an_answer(
     assert vocabulary.chat(chat_template).stop_token_ids == expected
 
 
+async def test_of_tokens_that_begin_alike_the_template_writes_the_longest():
+    """As every tokenizer reads it."""
+    vocabulary = byte_vocabulary(
+        AddedToken("<|end|>", normalized=False), AddedToken("<|end|>\n<|user|>", normalized=False)
+    )
+    renderer = vocabulary.chat(
+        "{% for m in messages %}{{ m['content'] }}<|end|>\n<|user|>{% endfor %}<|end|>\n"
+    )
+    chat = conversation(("user", "a <"))
+    ids = await renderer.render(chat)
+    assert ids == vocabulary.plain_way(chat)
+    assert vocabulary.controls(ids) == [257, 256]
+
+
 async def test_a_template_sees_an_empty_text_as_empty():
     """Templates ask ``if message.content``; a guard in nothing would make it something."""
     vocabulary = byte_vocabulary(AddedToken("<|end|>", normalized=False))
