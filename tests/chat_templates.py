@@ -42,12 +42,12 @@ MISTRAL_INSTRUCT = (
     "{% endfor %}"
 )
 
-# Puts two texts side by side with nothing between them, and opens the answer with a token that
+# Trims texts and puts them side by side with nothing between, and opens the answer with a token that
 # the vocabulary does not call special (reasoning models).
 THINKING = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}{{ '<think></think>' }}{% endif %}"
-    "{{ message['content'] }}"
+    "{{ message['content'] | trim }}"
     "{% if message['role'] == 'assistant' %}{{ '<|im_end|>' }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<think>' }}{% endif %}"

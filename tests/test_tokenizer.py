@@ -6,6 +6,7 @@ import threading
 import pytest
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
+from tokenizers.decoders import DecodeStream
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from ochat_serve.errors import StartupError
@@ -89,6 +90,15 @@ def test_sentencepiece_begins_every_text_with_a_space(mistral):
     assert mistral.registry("openchat_3.5").begins_with_space
     # A chat template's prompt is one text: the answer goes on within it.
     assert not mistral.chat(chat_templates.MISTRAL_INSTRUCT).begins_with_space
+
+
+def test_an_answer_shows_that_space_when_it_is_decoded_after_its_prompt(mistral):
+    """As vLLM decodes: primed with the prompt.  This is the space that ``streaming`` removes."""
+    prompt = mistral.tokenizer.encode_now([Literal("<|end_of_turn|>"), Plain("Assistant:")])
+    stream = DecodeStream(ids=prompt, skip_special_tokens=True)
+    answer = mistral.tokenizer.encode_plain("Hello you")
+    texts = [stream.step(mistral.hf.backend_tokenizer, token_id) or "" for token_id in answer]
+    assert "".join(texts) == " Hello you"
 
 
 @pytest.mark.parametrize("name", ["llama3", "demo"])
