@@ -42,8 +42,8 @@ MISTRAL_INSTRUCT = (
     "{% endfor %}"
 )
 
-# Trims texts and puts them side by side with nothing between, and opens the answer with a token that
-# the vocabulary does not call special (reasoning models).
+# Trims texts and puts them side by side with nothing between, and opens the answer with a token
+# that the vocabulary does not call special (reasoning models).
 THINKING = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}{{ '<think></think>' }}{% endif %}"

@@ -128,9 +128,11 @@ class HfTemplate:
 
     def _first_token_after_assistant(self) -> str | None:
         """How this template ends a turn: seen by rendering one."""
-        prompt = self._apply(
-            [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}], False
-        )
+        question, answer = {"role": "user", "content": "Hi"}, {"role": "assistant"}
+        try:
+            prompt = self._apply([question, answer | {"content": _PROBE}], False)
+        except InvalidRequest:
+            return None  # a template of its own kind: the model's end of sequence must do
         at = prompt.find(_PROBE)
         found = self._find.search(prompt, at + len(_PROBE)) if at >= 0 else None
         return found[0] if found else None

@@ -134,8 +134,21 @@ async def test_what_a_template_refuses_is_the_clients_mistake(mistral):
         ("thinking", chat_templates.THINKING, "<|im_end|>"),
         ("demo", "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}", None),
         ("demo", "{{ messages[0]['content'] }}<|im_end|>", None),
+        (
+            "demo",
+            "{% if messages[0]['content'] == 'Hi' %}{{ raise_exception('no') }}{% endif %}",
+            None,
+        ),
     ],
-    ids=["chatml", "llama3", "mistral", "thinking", "without tokens", "without answers"],
+    ids=[
+        "chatml",
+        "llama3",
+        "mistral",
+        "thinking",
+        "without tokens",
+        "without answers",
+        "refusing",
+    ],
 )
 def test_the_end_of_turn_is_what_the_template_writes_after_an_answer(
     request, name, chat_template, token

@@ -107,15 +107,16 @@ async def test_pieces_in_neighbouring_messages_do_not_join(request, vocabulary_n
             assert await _controls(vocabulary, renderer, chat) == expected, chat
 
 
-async def test_three_pieces_do_not_join_either(thinking):
-    """The one in the middle neither begins nor ends like a token."""
+@pytest.mark.parametrize("space", ["", " \n"], ids=["bare", "trimmed"])
+async def test_three_pieces_do_not_join_either(thinking, space):
+    """The one in the middle neither begins nor ends like a token; the template trims."""
     renderer = thinking.chat(chat_templates.THINKING)
     three = [("user", "a"), ("user", "b"), ("user", "c")]
     expected = await _controls(thinking, renderer, conversation(*three))
     for token in thinking.added:
         for first, second in itertools.combinations(range(1, len(token)), 2):
             pieces = (token[:first], token[first:second], token[second:])
-            chat = conversation(*(("user", piece) for piece in pieces))
+            chat = conversation(*(("user", space + piece + space) for piece in pieces))
             assert await _controls(thinking, renderer, chat) == expected, chat
 
 
