@@ -4,6 +4,8 @@ Whatever can fail with an HTTP status fails in ``ChatService.prepare`` or before
 update; what fails later becomes an error event in the stream.
 """
 
+import json
+import re
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import asdict
@@ -75,14 +77,14 @@ class ChatService:
         record.metadata = request.metadata
         record.model = self._model_name(request.model)
         if self._log_content:
-            record.request = request.model_dump(exclude_unset=True)
+            record.request = json.loads(request.model_dump_json(exclude_unset=True))
         refuse_unserved(request)
         form = reply_form(request)
         ignored = ignored_fields(request, uses_condition=self.served.prompts.uses_condition)
         if ignored and self._strict:
             raise InvalidRequest(
-                f"Unrecognized request argument supplied: {', '.join(ignored)}.",
-                param=ignored[0],
+                f"Unrecognized request argument supplied: {_printable(ignored)}.",
+                param=ignored[0][:64],
                 code="unknown_parameter",
             )
         check_sampling(request, self._limits)
@@ -186,9 +188,9 @@ class Chat:
                 yield writer.usage(self._record.usage)
             yield DONE
         except ApiError as error:
+            self._record.error = error.code or error.type
             if not begun:
                 raise
-            self._record.error = error.code or error.type
             yield error_event(error)
         finally:
             if outputs is not None:
@@ -233,15 +235,17 @@ def _notes(
     """Response headers that say what was not done as asked."""
     notes = {}
     if ignored:
-        # A field name can be anything; a header value cannot.
-        printable = [name.encode("ascii", "replace").decode()[:64] for name in ignored]
-        notes[IGNORED_HEADER] = ", ".join(
-            "".join(char if char.isprintable() else "?" for char in name) for name in printable
-        )
+        notes[IGNORED_HEADER] = _printable(ignored)
     asked = request.max_completion_tokens or request.max_tokens
     if asked is not None and asked > options.max_tokens:
         notes[MAX_TOKENS_HEADER] = str(options.max_tokens)
     return notes
+
+
+def _printable(names: list[str]) -> str:
+    """A field name can be anything; a header value cannot."""
+    short = [name[:64].encode("ascii", "replace").decode() for name in names]
+    return ", ".join(re.sub(r"[^ -~]", "?", name) for name in short)
 
 
 def _logged(options: SamplingOptions, form: ReplyForm) -> dict[str, object]:

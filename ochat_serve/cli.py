@@ -104,7 +104,7 @@ def config_flags(path: str) -> list[str]:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise StartupError(f"--config {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = str(error).replace("\n", " ")
         raise StartupError(f"--config {path} is not valid YAML: {reason}.") from error
     if loaded is not None and not isinstance(loaded, dict):

@@ -10,6 +10,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pydantic import ValidationError
 from vllm import __version__ as vllm_version
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMError
@@ -42,6 +43,16 @@ FINISH_REASONS: dict[str, FinishReason] = {
 _SEED_RANGE = 2**62
 _CPU_KV_CACHE_BYTES = 2 * 2**30
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
+# What a bad configuration or model makes vLLM raise; anything else is a bug and shows itself.
+_START_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    AssertionError,
+    ImportError,
+)
 _EAGER_FLAGS = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-cc", "-O")
 
 
@@ -148,7 +159,7 @@ class VllmEngine:
         """Load the model; blocks for as long as that takes.  Raises ``StartupError``."""
         try:
             return cls(AsyncLLM.from_engine_args(args), token_bytes)
-        except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
+        except _START_ERRORS as error:
             raise StartupError(
                 f"vLLM cannot serve {args.model}: {_first_sentence(error)}"
             ) from error
@@ -256,7 +267,7 @@ def api_error(error: Exception) -> ApiError:
 def _first_sentence(error: Exception) -> str:
     """The cause in one line.  pydantic's errors say it on their third."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    for line in lines:
-        if line.startswith("Value error, "):
-            return line.removeprefix("Value error, ").split(" [type=")[0]
+    if isinstance(error, ValidationError) and len(lines) > 2:
+        where, what = lines[1], lines[2].removeprefix("Value error, ").split(" [type=")[0]
+        return what if what[:1].isupper() and "Input" not in what else f"{where}: {what}"
     return lines[0] if lines else type(error).__name__

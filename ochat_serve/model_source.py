@@ -65,7 +65,7 @@ def locate(
         path, own_names = str(demo_model.ensure()), list(demo_model.NAMES)
     else:
         _config(model, "config.json", revision)
-        folder = Path(model).expanduser()
+        folder = _expanded(model)
         path = os.path.abspath(folder) if folder.is_dir() else model
         own_names = [model, Path(path).name]
     kind = canonical(model_type) if model_type else _detect(path, revision)
@@ -92,7 +92,7 @@ def _detect(model: str, revision: str | None) -> str:
 
 def _config(model: str, name: str, revision: str | None) -> dict[str, Any]:
     """A JSON file of the model, from its folder or the hub.  Raises ``StartupError``."""
-    folder = Path(model).expanduser()
+    folder = _expanded(model)
     looks_like_path = model.startswith(("/", ".", "~")) or model.count("/") > 1
     try:
         if folder.is_dir():
@@ -117,6 +117,13 @@ def _config(model: str, name: str, revision: str | None) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise StartupError(f"{name} of {model} is not a JSON object.")
     return loaded
+
+
+def _expanded(model: str) -> Path:
+    try:
+        return Path(model).expanduser()
+    except RuntimeError as error:
+        raise StartupError(f"There is no model folder {model}: {error}") from error
 
 
 @cache

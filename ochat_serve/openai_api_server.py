@@ -21,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StartupError as error:
         print(f"ochat_serve: {error}", file=sys.stderr, flush=True)
         return 1
+    except KeyboardInterrupt:  # before the server took over the signals
+        return 130
 
 
 if __name__ == "__main__":

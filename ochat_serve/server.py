@@ -6,22 +6,18 @@ beside the running server.
 
 import contextlib
 import errno
-import hashlib
 import os
 import signal
 import socket
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import uvicorn
 
-from ochat_serve import __version__, cli
+from ochat_serve import cli
 from ochat_serve.app import create_app
-from ochat_serve.chat_service import ChatService
 from ochat_serve.errors import StartupError
-from ochat_serve.generation import ServedModel
+from ochat_serve.http_protocol import HttpProtocol
+from ochat_serve.loader import Loader, say
 from ochat_serve.request_log import RequestLog
 from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings
@@ -29,11 +25,6 @@ from ochat_serve.settings import Settings
 KEEP_ALIVE_TIMEOUT_S = 5
 SHUTDOWN_TIMEOUT_S = 30
 BACKLOG = 2048
-PHASES = ("finding the model", "importing vLLM", "loading the tokenizer", "loading the weights")
-
-
-def say(text: str) -> None:
-    print(f"ochat_serve: {text}", file=sys.stderr, flush=True)
 
 
 def _print_engine_help() -> int:
@@ -60,7 +51,7 @@ def run(command: cli.Command) -> int:
         uvicorn.Config(
             create_app(settings, serving, log),
             loop="uvloop",
-            http="httptools",
+            http=HttpProtocol,
             access_log=False,
             log_level="warning",
             timeout_keep_alive=KEEP_ALIVE_TIMEOUT_S,
@@ -71,21 +62,17 @@ def run(command: cli.Command) -> int:
     )
     host, port = sockets[0].getsockname()[:2]
     say(f"listening on http://{settings.host}:{port} ({host}); loading {settings.model}")
-    failures: list[StartupError] = []
-    loader = threading.Thread(
-        target=_load_into, args=(command, serving, server, failures, log), daemon=True, name="load"
-    )
+    loader = Loader(command, serving, server, log_content=log is not None and log.content)
     loader.start()
     server.run(sockets=sockets)
-    if failures:
-        raise failures[0]
-    if serving.chat is None and not loader.is_alive():
-        return 1  # a bug: the loading thread has shown its traceback
-    if loader.is_alive():
+    if loader.failure is not None:
+        raise loader.failure
+    if serving.chat is None and loader.is_alive():
         # A half-built engine cannot be asked to stop; its processes end with this one.
         _end_children()
         os._exit(0)
-    return 0
+    # Nothing was loaded and nothing is said: a bug, and the loader has shown its traceback.
+    return 0 if serving.chat is not None else 1
 
 
 class _Server(uvicorn.Server):
@@ -104,97 +91,12 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def _load_into(
-    command: cli.Command,
-    serving: Serving,
-    server: uvicorn.Server,
-    failures: list[StartupError],
-    log: RequestLog | None,
-) -> None:
-    started = time.monotonic()
-
-    def phase(name: str) -> None:
-        serving.phase = name
-        step = f"[{PHASES.index(name) + 1}/{len(PHASES)}]"
-        say(f"{step} {name} ...")
-
-    try:
-        served = load(command, phase)
-        serving.chat = ChatService(
-            served,
-            command.settings,
-            clock=time.monotonic,
-            now=time.time,
-            log_content=log is not None and log.content,
-        )
-        serving.phase = "ready"
-        names = ", ".join(served.names)
-        say(f"ready in {time.monotonic() - started:.0f} s; models: {names}")
-    except StartupError as error:
-        failures.append(error)
-    finally:
-        if serving.chat is None:
-            server.should_exit = True
-
-
-def load(command: cli.Command, phase: Callable[[str], None]) -> ServedModel:
-    """Find the model, import vLLM, build the engine.  Blocks; raises ``StartupError``."""
-    settings = command.settings
-    phase(PHASES[0])
-    from ochat_serve.model_source import locate
-
-    source = locate(
-        settings.model,
-        model_type=settings.model_type,
-        served_model_name=settings.served_model_name,
-        revision=command.revision,
-    )
-    phase(PHASES[1])
-    # vLLM's engine process must not be forked from a process with threads.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    from ochat_serve.engine import VllmEngine, parse_engine_flags
-    from ochat_serve.templates.hf import HfTemplate
-    from ochat_serve.templates.registry import TEMPLATES
-    from ochat_serve.templates.renderer import TemplateRenderer
-    from ochat_serve.tokenizer import Tokenizer
-
-    args = parse_engine_flags(
-        command.engine_flags,
-        model=source.path,
-        served_model_name=source.names[0],
-        context=source.context,
-    )
-    phase(PHASES[2])
-    tokenizer = Tokenizer.load(
-        args.tokenizer or source.path,
-        revision=args.tokenizer_revision or args.revision,
-        trust_remote_code=args.trust_remote_code,
-    )
-    template = TEMPLATES.get(source.model_type) or HfTemplate(
-        tokenizer.chat_template(), tokenizer.control_tokens
-    )
-    prompts = TemplateRenderer(template, tokenizer)
-    phase(PHASES[3])
-    engine = VllmEngine.build(args, tokenizer.token_bytes)
-    fingerprint = f"{__version__} {engine.info} {source} {args.dtype} {args.quantization}"
-    return ServedModel(
-        names=source.names,
-        engine=engine,
-        prompts=prompts,
-        created=int(time.time()),
-        owned_by=source.owned_by,
-        system_fingerprint="fp_" + hashlib.sha256(fingerprint.encode()).hexdigest()[:10],
-    )
-
-
 def _bind(host: str, port: int) -> list[socket.socket]:
     """Listening sockets on every address of ``host``.  Raises ``StartupError``."""
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except socket.gaierror as error:
-        raise StartupError(
-            f"--host {host} is not an address of any kind: {error.strerror}."
-        ) from error
+    except (socket.gaierror, UnicodeError) as error:
+        raise StartupError(f"--host {host} is not an address of any kind: {error}.") from error
     sockets: list[socket.socket] = []
     problem: OSError | None = None
     for family, kind, protocol, _, address in dict.fromkeys(addresses):

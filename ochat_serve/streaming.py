@@ -7,7 +7,7 @@ JSON string of its text is made.  Nothing here waits or reads a clock.
 import json
 import math
 import secrets
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +37,7 @@ _LINE_BREAKS = ("\x85", "\u2028", "\u2029")
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
-def _event_json(value: Any) -> bytes:
+def _json(value: Any) -> bytes:
     """JSON that is one line to every reader."""
     text = _encode(value)
     if not text.isascii():
@@ -70,7 +70,7 @@ class EventWriter:
     """The events of one stream.  Every method returns whole events, ready to be sent."""
 
     def __init__(self, head: ReplyHead, *, usage: bool, logprobs: bool, obfuscation: bool) -> None:
-        fields = _event_json(head.fields("chat.completion.chunk"))
+        fields = _json(head.fields("chat.completion.chunk"))
         self._head = b"data: " + fields[:-1] + b',"choices":['
         self._end = b',"usage":null' if usage else b""
         self._logprobs = logprobs
@@ -89,8 +89,10 @@ class EventWriter:
     def _delta(self, delta: Delta) -> bytes:
         chunk = b""
         if delta.text or (self._logprobs and delta.logprobs):
-            content = _event_json(delta.text)
-            logprobs = _logprobs_json(delta.logprobs or ()) if self._logprobs else b"null"
+            content = _json(delta.text)
+            logprobs = (
+                _logprobs_json(_positions_json(delta.logprobs or ())) if self._logprobs else b"null"
+            )
             chunk = self._chunk(delta.index, b'{"content":' + content + b"}", b"null", logprobs)
         if delta.finish_reason is not None:
             chunk += self._chunk(delta.index, b"{}", b'"' + delta.finish_reason.encode() + b'"')
@@ -122,18 +124,18 @@ class EventWriter:
 
     def usage(self, usage: Usage) -> bytes:
         """The last chunk of a stream that was asked for its usage."""
-        return self._head + b'],"usage":' + _event_json(usage_fields(usage)) + b"}\n\n"
+        return self._head + b'],"usage":' + _json(usage_fields(usage)) + b"}\n\n"
 
 
 def error_event(error: ApiError) -> bytes:
     """An error in a stream that has begun, and the stream's end."""
-    return b"data: " + _event_json(error.body()) + b"\n\n" + DONE
+    return b"data: " + _json(error.body()) + b"\n\n" + DONE
 
 
 @dataclass(slots=True)
 class _Choice:
     texts: list[str] = field(default_factory=list)
-    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    logprobs: list[bytes] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
 
@@ -147,7 +149,8 @@ class Collector:
         for delta in deltas:
             choice = self._choices[delta.index]
             choice.texts.append(delta.text)
-            choice.logprobs.extend(delta.logprobs or ())
+            if delta.logprobs:  # rendered as they come: thousands at once would hold up the loop
+                choice.logprobs.append(_positions_json(delta.logprobs))
             choice.finish_reason = delta.finish_reason or choice.finish_reason
 
     @property
@@ -158,23 +161,24 @@ class Collector:
         self, head: ReplyHead, usage: Usage, *, logprobs: bool, metadata: dict[str, str] | None
     ) -> bytes:
         """The JSON body of the whole answer."""
-        choices = [
-            {
-                "index": index,
-                "message": {
-                    "role": "assistant",
-                    "content": "".join(choice.texts),
-                    "refusal": None,
-                },
-                "logprobs": logprobs_fields(choice.logprobs) if logprobs else None,
-                "finish_reason": choice.finish_reason,
-            }
-            for index, choice in enumerate(self._choices)
-        ]
-        body = head.fields("chat.completion") | {"choices": choices, "usage": usage_fields(usage)}
+        fields = _json(head.fields("chat.completion"))
+        choices = b",".join(
+            self._choice(index, choice, logprobs) for index, choice in enumerate(self._choices)
+        )
+        ending: dict[str, Any] = {"usage": usage_fields(usage)}
         if metadata is not None:
-            body["metadata"] = metadata
-        return _encode(body).encode()
+            ending["metadata"] = metadata
+        return fields[:-1] + b',"choices":[' + choices + b"]," + _json(ending)[1:]
+
+    @staticmethod
+    def _choice(index: int, choice: _Choice, logprobs: bool) -> bytes:
+        message = {"role": "assistant", "content": "".join(choice.texts), "refusal": None}
+        return b'{"index":%d,"message":%s,"logprobs":%s,"finish_reason":%s}' % (
+            index,
+            _json(message),
+            _logprobs_json(b",".join(choice.logprobs)) if logprobs else b"null",
+            _json(choice.finish_reason),
+        )
 
 
 def usage_fields(usage: Usage) -> dict[str, Any]:
@@ -193,16 +197,20 @@ def usage_fields(usage: Usage) -> dict[str, Any]:
     }
 
 
-def logprobs_fields(positions: Sequence[PositionLogprobs]) -> dict[str, Any]:
-    """OpenAI's ``logprobs`` object of a choice."""
-    return {
-        "content": [
+def _positions_json(positions: Iterable[PositionLogprobs]) -> bytes:
+    """The positions of a choice's ``logprobs``, as JSON objects with commas between."""
+    return b",".join(
+        _json(
             _token_fields(position.sampled)
             | {"top_logprobs": [_token_fields(token) for token in position.top]}
-            for position in positions
-        ],
-        "refusal": None,
-    }
+        )
+        for position in positions
+    )
+
+
+def _logprobs_json(positions: bytes) -> bytes:
+    """OpenAI's ``logprobs`` object of a choice."""
+    return b'{"content":[' + positions + b'],"refusal":null}'
 
 
 def _token_fields(token: TokenLogprob) -> dict[str, Any]:
@@ -217,10 +225,6 @@ def _finite(logprob: float) -> float:
     if math.isnan(logprob):
         return _LOWEST_LOGPROB
     return min(max(logprob, _LOWEST_LOGPROB), 0.0)
-
-
-def _logprobs_json(positions: Sequence[PositionLogprobs]) -> bytes:
-    return _event_json(logprobs_fields(positions))
 
 
 def _remove_first_space(delta: Delta) -> None:

@@ -86,12 +86,12 @@ class Tokenizer:
         ids = self.encode_plain("a")
         return bool(ids) and self.token_bytes(ids[0]).startswith(b" ")
 
-    async def encode(self, segments: Sequence[Segment]) -> list[int]:
-        """The segments' token ids, in order.  Long ones are encoded off the event loop."""
-        if sum(len(segment.text) for segment in segments) <= _INLINE_CHARS:
-            return self.encode_now(segments)
+    async def encode(self, chars: int, segments: Callable[[], Sequence[Segment]]) -> list[int]:
+        """The segments' token ids, in order.  Much is rendered and encoded off the event loop."""
+        if chars <= _INLINE_CHARS:
+            return self.encode_now(segments())
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._workers, self.encode_now, segments)
+        return await loop.run_in_executor(self._workers, lambda: self.encode_now(segments()))
 
     def encode_now(self, segments: Iterable[Segment]) -> list[int]:
         ids: list[int] = []
@@ -113,7 +113,7 @@ class Tokenizer:
         if not text:
             return []
         backend = self._inside if inside else self._plain
-        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        ids = _encode(backend, text)
         if self._control_ids.isdisjoint(ids):
             return ids
         return self._encode_in_parts(text, backend)
@@ -124,10 +124,10 @@ class Tokenizer:
         start = 0
         for found in self._control_texts.finditer(text):
             cut = found.start() + 1
-            ids += backend.encode(text[start:cut], add_special_tokens=False).ids
+            ids += _encode(backend, text[start:cut])
             backend = self._inside
             start = cut
-        ids += backend.encode(text[start:], add_special_tokens=False).ids
+        ids += _encode(backend, text[start:])
         # What is left is a control token spelled by normalisation alone: it says nothing.
         return [token_id for token_id in ids if token_id not in self._control_ids]
 
@@ -147,12 +147,20 @@ class Tokenizer:
                 prompt = self._hf.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=add_generation_prompt
                 )
-            except jinja2.TemplateError as error:
+            except jinja2.TemplateSyntaxError:
+                raise
+            except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
                 raise InvalidRequest(
                     f"The model's chat template refuses these messages: {error}", param="messages"
                 ) from error
             return str(prompt)
 
+        try:
+            apply([{"role": "user", "content": "Hi"}], True)
+        except InvalidRequest:
+            pass  # it may want another conversation; requests will tell
+        except jinja2.TemplateSyntaxError as error:
+            raise StartupError(f"This model's chat template is not valid: {error}.") from error
         return apply
 
 
@@ -161,6 +169,12 @@ def _in_front_of_every_text(hf_tokenizer: PreTrainedTokenizerBase) -> tuple[int,
     bos, eos = hf_tokenizer.bos_token_id, hf_tokenizer.eos_token_id
     ids = hf_tokenizer("").input_ids
     return tuple(takewhile(lambda token_id: token_id == bos or token_id != eos, ids))
+
+
+def _encode(backend: Backend, text: str) -> list[int]:
+    """``encode`` holds the interpreter's lock for its whole run; the batch form lets it go."""
+    ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    return ids
 
 
 def _split(backend: Backend) -> tuple[Backend, Backend, Backend, tuple[ControlToken, ...]]:

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import uvicorn
 from fastapi import FastAPI
 
+from ochat_serve.http_protocol import HttpProtocol
+
 T = TypeVar("T")
 START_TIMEOUT_S = 10
 STOP_TIMEOUT_S = 40
@@ -27,7 +29,13 @@ class LiveServer:
         self.port: int = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._server = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+            uvicorn.Config(
+                app,
+                http=HttpProtocol,
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=1,
+            )
         )
         self._thread = threading.Thread(target=self._run, daemon=True)
 

@@ -22,7 +22,7 @@ LAYERS = (
     ("engine", "tokenizer", "demo_model", "model_source"),
     ("chat_request", "chat_service", "serving"),
     ("app", "routes", "middleware"),
-    ("openai_api_server", "server", "cli"),
+    ("openai_api_server", "server", "loader", "http_protocol", "cli"),
 )
 LAYER_OF = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 L0, L1, L2, L3, L4, L5 = range(6)
@@ -52,7 +52,7 @@ ONLY_IN = {
     "transformers": {"tokenizer", "demo_model"},
     "torch": {"demo_model"},
     "argparse": {"cli"},
-    "uvicorn": {"server"},
+    "uvicorn": {"server", "loader", "http_protocol"},
 }
 MAY_READ_ENVIRONMENT = {L2, L5}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv"}

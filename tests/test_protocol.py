@@ -303,7 +303,9 @@ async def read(body: bytes) -> ChatCompletionRequest:
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": body, "more_body": False}
 
-    request = Request({"type": "http", "headers": []}, receive)
+    request = Request(
+        {"type": "http", "headers": [(b"content-type", b"application/json")]}, receive
+    )
     return await read_json(request, ChatCompletionRequest, 1_000_000)
 
 

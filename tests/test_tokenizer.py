@@ -1,5 +1,6 @@
 """Text to token ids and back to bytes, over byte-level and SentencePiece vocabularies."""
 
+import asyncio
 import json
 import threading
 
@@ -157,7 +158,7 @@ async def test_long_text_is_encoded_by_a_worker_and_gives_the_same_ids(vocabular
     token = next(iter(vocabulary.added))
     text = f"Is 3 < 4? 你好 {token}\n" * repeats
     segments = Watched(Literal(token), Plain(text), Plain(text, inside=True))
-    ids = await vocabulary.tokenizer.encode(segments)
+    ids = await vocabulary.tokenizer.encode(len(text), lambda: segments)
     assert (segments.threads != {threading.current_thread()}) is leaves
     assert ids == vocabulary.tokenizer.encode_now(segments)
     assert vocabulary.controls(ids) == [vocabulary.added[token]]
@@ -230,13 +231,25 @@ def test_a_text_inside_a_prompt_gets_no_space_where_only_the_prompt_has_one():
         assert tokenizer.encode_plain("a", inside=True) == [2]
 
 
+async def test_the_event_loop_turns_while_a_long_text_is_encoded(llama3):
+    """The tokenizer must let go of the interpreter's lock: a worker thread alone is not enough."""
+    text = [Plain("hello world " * 40_000)]
+    work = asyncio.create_task(llama3.tokenizer.encode(len(text[0].text), lambda: text))
+    turns = 0
+    while not work.done():
+        await asyncio.sleep(0.001)
+        turns += 1
+    assert turns > 10
+    assert len(await work) == 80_001
+
+
 # Loading
 
 
 async def test_load_reads_a_model_folder(mistral_folder, mistral):
     tokenizer = Tokenizer.load(str(mistral_folder))
     text = [Literal("<s>"), Plain("Hello <s>")]
-    assert await tokenizer.encode(text) == await mistral.tokenizer.encode(text)
+    assert tokenizer.encode_now(text) == mistral.tokenizer.encode_now(text)
 
 
 def _refusal(load) -> str:

@@ -21,6 +21,7 @@ from ochat_serve.streaming import error_event
 logger = logging.getLogger(__name__)
 _CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _LOGGED_PREFIX = "/v1/"
+_MAX_LOGGED_PATH = 256
 
 
 class Boundary:
@@ -83,7 +84,7 @@ class Boundary:
             time=self._now(),
             request_id=request_id,
             method=scope["method"],
-            path=scope["path"],
+            path=scope["path"][:_MAX_LOGGED_PATH],
             client=client[0] if client else None,
         )
 

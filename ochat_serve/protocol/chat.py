@@ -11,6 +11,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator
 from pydantic_core import PydanticCustomError, ValidationError
 from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
+# Bounds on lists: a body of the largest size must cost milliseconds to refuse.
+MAX_MESSAGES = 2_048
+MAX_PARTS = 1_024
 MAX_STOP = 4
 MAX_STOP_CHARS = 1_000
 MAX_STOP_TOKEN_IDS = 64
@@ -67,7 +70,10 @@ def _no_controls(value: str) -> str:
     return value
 
 
-Parts = list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]]
+Parts = Annotated[
+    list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]],
+    Field(max_length=MAX_PARTS, fail_fast=True),
+]
 Content = Annotated[str | Parts | None, WrapValidator(_one_content_error)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Stop = Annotated[
@@ -96,10 +102,17 @@ class ChatCompletionRequest(BaseModel):
     """The body of a chat completion request."""
 
     model_config = ConfigDict(
-        extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=()
+        extra="allow",
+        strict=True,
+        allow_inf_nan=False,
+        ser_json_inf_nan="null",
+        protected_namespaces=(),
     )
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[
+        list[ChatMessage],
+        Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
+    ]
     model: str | None = None
 
     # Sampling
@@ -135,14 +148,14 @@ class ChatCompletionRequest(BaseModel):
         | None
     ) = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
-    user: str | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
     safety_identifier: Annotated[str, Field(max_length=128)] | None = None
 
     # Extensions
     condition: Annotated[str, Field(max_length=64), AfterValidator(_no_controls)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=INT32_MAX)] | None = None
     ignore_eos: bool | None = None
     stop_token_ids: (

@@ -6,17 +6,19 @@ from fastapi.responses import JSONResponse
 from ochat_serve import __version__
 from ochat_serve.serving import LOADING_RETRY_S, Serving
 
+_PROBE = ["GET", "HEAD"]
+
 
 def router(serving: Serving) -> APIRouter:
     routes = APIRouter()
 
-    @routes.get("/livez")
+    @routes.api_route("/livez", methods=_PROBE)
     async def live() -> dict[str, str]:
         """The process answers."""
         return {"status": "alive"}
 
-    @routes.get("/readyz")
-    @routes.get("/health")
+    @routes.api_route("/readyz", methods=_PROBE)
+    @routes.api_route("/health", methods=_PROBE)
     async def ready() -> JSONResponse:
         """Whether chat requests are answered now."""
         is_ready, body = serving.status()

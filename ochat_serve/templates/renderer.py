@@ -1,8 +1,13 @@
 """A template and a tokenizer, together: messages in, token ids out."""
 
+from functools import partial
+
 from ochat_serve.errors import StartupError
 from ochat_serve.generation import Conversation
 from ochat_serve.templates.segments import SegmentEncoder, Template
+
+# What a message costs beside its text, in characters' worth of work.
+_TURN_CHARS = 40
 
 
 class TemplateRenderer:
@@ -19,7 +24,9 @@ class TemplateRenderer:
         self.begins_with_space = template.adds_bos and encoder.begins_with_space
 
     async def render(self, conversation: Conversation) -> list[int]:
-        return self._bos + await self._encoder.encode(self._template.segments(conversation))
+        chars = sum(len(turn.text) + _TURN_CHARS for turn in conversation.turns)
+        segments = partial(self._template.segments, conversation)
+        return self._bos + await self._encoder.encode(chars, segments)
 
     def _stop_token_ids(self) -> tuple[int, ...]:
         token = self._template.end_of_turn

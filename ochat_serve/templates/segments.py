@@ -5,7 +5,7 @@ a template: control tokens in it are meant.  ``Plain`` text came from a client: 
 looks like, it is text.  The type, not the spelling, decides how it is encoded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -76,7 +76,10 @@ class SegmentEncoder(Protocol):
         """The id of one control token, or None where the vocabulary lacks it."""
         ...
 
-    async def encode(self, segments: Sequence[Segment]) -> list[int]: ...
+    async def encode(self, chars: int, segments: Callable[[], Sequence[Segment]]) -> list[int]:
+        """The ids of what ``segments()`` gives.  ``chars`` tells how much that will be, so that
+        much of it can be rendered and encoded off the event loop."""
+        ...
 
 
 def join_system(conversation: Conversation) -> tuple[str, Conversation]:

@@ -244,3 +244,13 @@ def test_a_client_that_hangs_up_frees_its_slot_within_a_second(stream: bool, beg
             if stream and begun:
                 client.read_until(b"first")
         assert eventually(lambda: engine.running == 0, within_s=1)
+
+
+def test_a_pipelined_request_does_not_keep_an_abandoned_one_alive() -> None:
+    engine = ScriptedEngine(script=[Wait()])
+    with live(create_app(Settings(), serving(engine))) as server:
+        with RawClient(server.port) as client:
+            client.post(CHAT, json.dumps(ASK).encode())
+            client.send(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert eventually(lambda: engine.running == 1)
+        assert eventually(lambda: engine.running == 0, within_s=1)

@@ -1,9 +1,13 @@
 """One error body, whatever went wrong and wherever."""
 
+import json
+
 import httpx
 import pytest
+from pydantic import ValidationError
 
 from ochat_serve.app import create_app
+from ochat_serve.protocol.chat import ChatCompletionRequest
 from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings
 from tests.fakes import ScriptedEngine, serving
@@ -30,6 +34,7 @@ def server() -> LiveServer:
         ("POST", "/livez", {}, b"", 405, None, None),
         ("POST", CHAT, JSON, b"x" * 20_000, 413, None, None),
         ("POST", CHAT, {"content-type": "text/plain"}, b"{}", 415, None, None),
+        ("POST", CHAT, {}, b"{}", 415, None, None),
         ("POST", CHAT, JSON, b"", 400, None, None),
         ("POST", CHAT, JSON, b"{", 400, None, None),
         ("POST", CHAT, JSON, b"[]", 400, None, None),
@@ -61,6 +66,50 @@ def test_error_body(
         assert internal not in answer.text
 
 
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"hello\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 100_000,
+        b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n",
+    ],
+)
+def test_what_is_no_http_gets_the_same_body(server: LiveServer, request_bytes: bytes) -> None:
+    with RawClient(server.port) as client:
+        client.send(request_bytes)
+        answer = client.read_until(b"}}")
+    assert answer.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+
+
+def test_a_body_survives_an_offer_of_http2(server: LiveServer) -> None:
+    """curl --http2 and Java's client send it with the first request."""
+    body = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
+    offer = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABk")
+    with RawClient(server.port) as client:
+        client.post(CHAT, body, "Content-Type: application/json", *offer)
+        assert b"HTTP/1.1 200 OK" in client.read_until(b'"usage"')
+
+
+def test_many_wrong_items_cost_no_more_than_one() -> None:
+    """pydantic would otherwise describe each of a million errors."""
+    bodies = [
+        {"messages": [0] * 3_000},
+        {"messages": [{"role": "user", "content": "x"}] * 3_000},
+        {"messages": [{"role": "user", "content": [0] * 3_000}]},
+    ]
+    for body in bodies:
+        with pytest.raises(ValidationError) as caught:
+            ChatCompletionRequest.model_validate_json(json.dumps(body))
+        assert caught.value.error_count() == 1
+
+
+def test_probes_may_ask_for_the_head_alone(server: LiveServer) -> None:
+    for path in ("/livez", "/readyz", "/health"):
+        assert httpx.head(server.url + path).status_code == 200
+
+
 def test_405_names_the_methods_that_are_allowed(server: LiveServer) -> None:
     assert httpx.delete(server.url + CHAT).headers["allow"] == "POST"
 
@@ -72,7 +121,6 @@ def test_chunked_body_is_bounded_too(server: LiveServer) -> None:
 
     answer = httpx.post(server.url + CHAT, headers=JSON, content=forever())
     assert answer.status_code == 413
-    assert answer.headers["connection"] == "close"
 
 
 def test_a_body_that_is_never_finished_leaves_nothing_behind(server: LiveServer) -> None:

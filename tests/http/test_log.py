@@ -24,7 +24,7 @@ def run(tmp_path: Path, engine: ScriptedEngine, talk: object, *, content: bool =
     """What the log holds after ``talk(server)``."""
     file = tmp_path / "requests.log"
     log = RequestLog(str(file), max_mb=1, max_count=1, content=content)
-    settings = Settings(api_keys=("sk-a",))
+    settings = Settings(api_keys=("sk-a",), ping_interval_s=0.2)
     serving = Serving(chat=service(engine, settings, log_content=content))
     with live(create_app(settings, serving, log)) as server:
         assert callable(talk)
@@ -101,6 +101,27 @@ def test_failed_in_the_stream(tmp_path: Path) -> None:
     assert (line["outcome"], line["status"]) == ("failed", 200)
     assert line["error"] == "server_error"
     assert line["completion_tokens"] == 1
+
+
+def test_failed_after_a_comment(tmp_path: Path) -> None:
+    wait = Wait()
+    engine = ScriptedEngine(script=[wait, ServerFault()])
+
+    def talk(server: object) -> None:
+        with RawClient(server.port) as client:
+            body = json.dumps({**ASK, "stream": True}).encode()
+            client.post(CHAT, body, "Content-Type: application/json", "Authorization: Bearer sk-a")
+            client.read_until(b": ping")
+            server.loop.call_soon_threadsafe(wait.go.set)
+            client.read_until(b"[DONE]")
+
+    (line,) = run(tmp_path, engine, talk)
+    assert (line["outcome"], line["error"]) == ("failed", "server_error")
+
+
+def test_a_long_path_is_cut(tmp_path: Path) -> None:
+    lines = run(tmp_path, ScriptedEngine(), lambda s: httpx.get(s.url + "/v1/" + "x" * 9_000))
+    assert len(lines[0]["path"]) == 256
 
 
 def test_a_bug(tmp_path: Path) -> None:

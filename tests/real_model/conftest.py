@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ochat_serve import cli, server
+from ochat_serve import cli, loader
 from ochat_serve.app import create_app
 from ochat_serve.chat_service import ChatService
 from ochat_serve.request_log import RequestLog
@@ -57,6 +57,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     serving = Serving()
     with live(create_app(command.settings, serving, log)) as running:
         with warnings.catch_warnings(action="ignore"):  # torch and vLLM warn while they import
-            served = server.load(command, lambda phase: None)
+            served = loader.load(command, lambda phase: None)
         serving.chat = ChatService(served, command.settings, clock=time.monotonic, now=time.time)
         yield Demo(running, serving, log_file)

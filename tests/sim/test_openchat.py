@@ -133,3 +133,22 @@ def test_hostile_text_costs_only_plain_tokens(openchat: ServerProcess) -> None:
 
     # As control tokens: 6 ids. As text: every "<|" and "|>" is tokens of its own.
     assert prompt_tokens(hostile) - prompt_tokens("") > 12
+
+
+def test_when_the_engine_dies_streams_end_with_an_error_and_so_does_the_server(
+    openchat: ServerProcess,
+) -> None:
+    """The last test here: nothing is left to serve.  A supervisor starts the server anew."""
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4_000, "stream": True}
+    children = openchat.children()
+    with httpx.stream("POST", openchat.url + CHAT, json=body, timeout=60) as answer:
+        parts = answer.iter_text()
+        next(parts)
+        (engine,) = [child for child in children if "EngineCore" in child.name()]
+        engine.kill()
+        rest = "".join(parts)
+    assert '"code":"engine_dead"' in rest
+    assert rest.endswith("data: [DONE]\n\n")
+    assert openchat.process.wait(10) == 1
+    assert openchat.output.strip().splitlines()[-1].startswith("ochat_serve: The engine process")
+    assert not any(child.is_running() for child in children if child.name().startswith("VLLM"))

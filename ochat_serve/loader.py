@@ -1,0 +1,123 @@
+"""From a command to a served model, beside the running server; and what happens when it dies."""
+
+import hashlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import uvicorn
+
+from ochat_serve import __version__, cli
+from ochat_serve.chat_service import ChatService
+from ochat_serve.errors import StartupError
+from ochat_serve.generation import ServedModel
+from ochat_serve.serving import Serving
+
+WATCH_INTERVAL_S = 1
+PHASES = ("finding the model", "importing vLLM", "loading the tokenizer", "loading the weights")
+
+
+def say(text: str) -> None:
+    """One line to the person at the terminal."""
+    print(f"ochat_serve: {text}", file=sys.stderr, flush=True)
+
+
+class Loader(threading.Thread):
+    """Loads the model into ``serving``, then watches its engine.
+
+    ``failure`` says why the server was ended; None while all is well.
+    """
+
+    def __init__(
+        self, command: cli.Command, serving: Serving, server: uvicorn.Server, *, log_content: bool
+    ) -> None:
+        super().__init__(name="load", daemon=True)
+        self.failure: StartupError | None = None
+        self._command = command
+        self._serving = serving
+        self._server = server
+        self._log_content = log_content
+        self._started_at = time.monotonic()
+
+    def run(self) -> None:
+        try:
+            served = load(self._command, self._phase)
+            self._serving.chat = ChatService(
+                served,
+                self._command.settings,
+                clock=time.monotonic,
+                now=time.time,
+                log_content=self._log_content,
+            )
+            self._serving.phase = "ready"
+            seconds = time.monotonic() - self._started_at
+            say(f"ready in {seconds:.0f} s; models: {', '.join(served.names)}")
+            self._watch(served)
+        except StartupError as error:
+            self.failure = error
+        finally:
+            self._server.should_exit = True
+
+    def _phase(self, name: str) -> None:
+        self._serving.phase = name
+        say(f"[{PHASES.index(name) + 1}/{len(PHASES)}] {name} ...")
+
+    def _watch(self, served: ServedModel) -> None:
+        """Until the server ends.  Without an engine it is of no use to anybody: it ends too, so
+        that whoever supervises it starts a new one."""
+        while not self._server.should_exit:
+            time.sleep(WATCH_INTERVAL_S)
+            if served.engine.failure is not None and not self._server.should_exit:
+                raise StartupError(f"{served.engine.failure} The server ends with it.")
+
+
+def load(command: cli.Command, phase: Callable[[str], None]) -> ServedModel:
+    """Find the model, import vLLM, build the engine.  Blocks; raises ``StartupError``."""
+    settings = command.settings
+    phase(PHASES[0])
+    from ochat_serve.model_source import locate
+
+    source = locate(
+        settings.model,
+        model_type=settings.model_type,
+        served_model_name=settings.served_model_name,
+        revision=command.revision,
+    )
+    phase(PHASES[1])
+    # vLLM's engine process must not be forked from a process with threads.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    from ochat_serve.engine import VllmEngine, parse_engine_flags
+    from ochat_serve.templates.hf import HfTemplate
+    from ochat_serve.templates.registry import TEMPLATES
+    from ochat_serve.templates.renderer import TemplateRenderer
+    from ochat_serve.tokenizer import Tokenizer
+
+    args = parse_engine_flags(
+        command.engine_flags,
+        model=source.path,
+        served_model_name=source.names[0],
+        context=source.context,
+    )
+    phase(PHASES[2])
+    tokenizer = Tokenizer.load(
+        args.tokenizer or source.path,
+        revision=args.tokenizer_revision or args.revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    template = TEMPLATES.get(source.model_type) or HfTemplate(
+        tokenizer.chat_template(), tokenizer.control_tokens
+    )
+    prompts = TemplateRenderer(template, tokenizer)
+    phase(PHASES[3])
+    engine = VllmEngine.build(args, tokenizer.token_bytes)
+    fingerprint = f"{__version__} {engine.info} {source} {args.dtype} {args.quantization}"
+    return ServedModel(
+        names=source.names,
+        engine=engine,
+        prompts=prompts,
+        created=int(time.time()),
+        owned_by=source.owned_by,
+        system_fingerprint="fp_" + hashlib.sha256(fingerprint.encode()).hexdigest()[:10],
+    )
