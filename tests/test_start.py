@@ -1,6 +1,5 @@
 """What stops a start: one sentence, exit code 1, before any weight is read."""
 
-import contextlib
 import json
 import os
 import signal
@@ -10,12 +9,11 @@ import sys
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
 from tests.live import eventually
 from tests.model_folders import llama3
-from tests.process import ROOT, free_port, server_process
+from tests.process import ROOT, alive, free_port, server_process
 
 QUICK_S = 60
 
@@ -106,12 +104,6 @@ def test_a_signal_while_loading_ends_it_and_its_children(tmp_path: Path) -> None
         children = server.children()
         assert server.stop(signal.SIGTERM) == 0
         assert eventually(lambda: not any(map(alive, children)), within_s=20)
-
-
-def alive(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def test_the_old_command_line_from_the_first_second_to_the_last(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.live import eventually
 from tests.model_folders import llama3
-from tests.process import ServerProcess, server_process
+from tests.process import ServerProcess, alive, server_process
 
 REPOSITORY = "openchat/openchat-3.6-8b-20240522"
 CHAT = "/v1/chat/completions"
@@ -151,4 +152,4 @@ def test_when_the_engine_dies_streams_end_with_an_error_and_so_does_the_server(
     assert rest.endswith("data: [DONE]\n\n")
     assert openchat.process.wait(10) == 1
     assert openchat.output.strip().splitlines()[-1].startswith("ochat_serve: The engine process")
-    assert not any(child.is_running() for child in children if child.name().startswith("VLLM"))
+    assert eventually(lambda: not any(map(alive, children)), within_s=10)
