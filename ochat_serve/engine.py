@@ -41,7 +41,9 @@ FINISH_REASONS: dict[str, FinishReason] = {
 }
 # Seeds of one request with n > 1 are consecutive; vLLM takes -1 for "no seed".
 _SEED_RANGE = 2**62
-_CPU_KV_CACHE_BYTES = 2 * 2**30
+# One conversation of 8,192 tokens with an 8B model (1 GiB) and some slack; filling it with zeros
+# takes about a second and a half per GiB at every start.
+_CPU_KV_CACHE_BYTES = 1_088 * 2**20
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
 # What a bad configuration or model makes vLLM raise; anything else is a bug and shows itself.
 _START_ERRORS = (
