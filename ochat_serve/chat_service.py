@@ -158,7 +158,6 @@ class Chat:
         self._start = updates
         self._elapsed = elapsed
         self._keep_outputs = keep_outputs
-        self._finish_reasons: list[str | None] = [None] * options.n
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Whole server-sent events, as bytes to be written at once.
@@ -216,7 +215,7 @@ class Chat:
     async def _counted(self) -> AsyncGenerator[Update, None]:
         """The engine's updates, counted into the record as they pass."""
         record, usage = self._record, self._record.usage or Usage(0)
-        record.finish_reasons = self._finish_reasons
+        record.finish_reasons = [None] * self._options.n
         async with aclosing(self._start(self.head.id)) as updates:
             async for update in updates:
                 if record.first_token_s is None:
@@ -225,7 +224,7 @@ class Chat:
                 for delta in update.deltas:
                     usage.completion_tokens += delta.num_tokens
                     if delta.finish_reason is not None:
-                        self._finish_reasons[delta.index] = delta.finish_reason
+                        record.finish_reasons[delta.index] = delta.finish_reason
                 yield update
 
 

@@ -52,9 +52,11 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """Our own flags.  ``-h`` prints them."""
     flags = _Parser(
-        prog=PROG, description=__doc__.split("\n")[0], epilog=_EPILOG, allow_abbrev=False
+        prog=PROG,
+        description="Serve a chat model with OpenAI's API.",
+        epilog=_EPILOG,
+        allow_abbrev=False,
     )
-    flags.description = "Serve a chat model with OpenAI's API."
     for name, field in Settings.model_fields.items():
         flags.add_argument(_flag(name), *_OTHER_SPELLINGS.get(name, ()), **_argument(name, field))
     flags.add_argument(

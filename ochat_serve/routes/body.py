@@ -23,12 +23,16 @@ async def read_json(request: Request, model: type[Model], max_bytes: int) -> Mod
     """The body as ``model``.  Raises 413, 415 or 400 as ``ApiError``."""
     _check_content_type(request)
     body = await _read(request, max_bytes)
+    if len(body) <= _INLINE_BYTES:
+        return _parse(body, model)
+    return await asyncio.to_thread(_parse, body, model)
+
+
+def _parse(body: bytes, model: type[Model]) -> Model:
     if any(word in body for word in _NOT_JSON):
         _refuse_infinities(body)
     try:
-        if len(body) <= _INLINE_BYTES:
-            return model.model_validate_json(body)
-        return await asyncio.to_thread(model.model_validate_json, body)
+        return model.model_validate_json(body)
     except ValidationError as error:
         raise invalid_request(error) from error
 

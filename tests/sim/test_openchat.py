@@ -74,11 +74,11 @@ def test_stop_strings_and_unicode_over_chunks(openchat: ServerProcess) -> None:
 
     whole = httpx.post(openchat.url + CHAT, json=body(), timeout=60).json()
     text = whole["choices"][0]["message"]["content"]
-    assert "\N{CROISSANT}" not in text or "\ufffd" not in text
+    assert "\N{CROISSANT}" in text
     for stop in ([], ["brioche \U0001f950"], ["\u4e2d\u6587"], ["for i in", "print"]):
         one = httpx.post(openchat.url + CHAT, json=body(stop=stop), timeout=60).json()
         content = one["choices"][0]["message"]["content"]
-        cuts = [text.index(mark) for mark in stop if mark in text]
+        cuts = [text.index(mark) for mark in stop]
         assert content == text[: min(cuts, default=len(text))]
         streamed = httpx.post(openchat.url + CHAT, json=body(stop=stop, stream=True), timeout=60)
         assert "".join(deltas(streamed.text)) == content
