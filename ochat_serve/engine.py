@@ -1,6 +1,6 @@
 """vLLM's AsyncLLM behind ``generation.Engine``: the only importer of vllm.
 
-Token ids go in, deltas come out.  Errors of vLLM's are translated here, once, by a table.
+Token ids go in, deltas come out.  Errors of vLLM's are translated here and nowhere else.
 """
 
 import asyncio
@@ -254,7 +254,7 @@ def api_error(error: Exception) -> ApiError:
     """What a client is told of an error of vLLM's.  First match wins."""
     if isinstance(error, EngineDeadError):
         return Unavailable(
-            "The engine has stopped. The server is being restarted.",
+            "The engine has stopped, and the server ends with it.",
             code="engine_dead",
             retry_after_s=10,
         )

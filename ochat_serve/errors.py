@@ -131,7 +131,7 @@ class ServerFault(ApiError):
 
 
 class Unavailable(ApiError):
-    """503: the model is loading, stopping or gone.  ``code`` says which."""
+    """503: the model is loading, overloaded or gone.  ``code`` says which."""
 
     status = 503
 

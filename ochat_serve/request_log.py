@@ -26,7 +26,8 @@ _FILE_MODE = 0o600
 @dataclass(slots=True)
 class RequestRecord:
     """What is known of one request, filled in along its road.  Times are in seconds; ``time``
-    is Unix time, the others count from the request's arrival."""
+    is Unix time, ``total_s`` counts from the request's arrival, ``first_token_s`` from when its
+    body was read."""
 
     time: float
     request_id: str

@@ -14,7 +14,6 @@ class Serving:
 
     phase: str = "starting"
     chat: ChatService | None = None
-    stopping: bool = False
 
     def require_chat(self) -> ChatService:
         """The service, if it can answer now.  Raises ``Unavailable``."""
@@ -32,8 +31,6 @@ class Serving:
         return False, {"status": str(trouble.code), "phase": self.phase, "reason": trouble.message}
 
     def _trouble(self) -> Unavailable | None:
-        if self.stopping:
-            return Unavailable("The server is shutting down.", code="draining", retry_after_s=10)
         if self.chat is None:
             return Unavailable(
                 f"The model is still loading ({self.phase}). Please try again in a few seconds.",
