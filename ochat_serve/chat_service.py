@@ -1,17 +1,17 @@
-"""The life of one chat request, from checked fields to bytes.
+"""From a checked request to a chat that is ready to begin.
 
-Whatever can fail with an HTTP status fails in ``ChatService.prepare`` or before the first
-update; what fails later becomes an error event in the stream.
+Whatever can be refused is refused in ``ChatService.prepare``, before any work has started.
 """
 
 import json
 import re
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 import shortuuid
 
+from ochat_serve.chat import Chat
 from ochat_serve.chat_request import (
     Limits,
     ReplyForm,
@@ -22,19 +22,12 @@ from ochat_serve.chat_request import (
     reply_form,
     sampling_options,
 )
-from ochat_serve.errors import ApiError, InvalidRequest, ModelNotFound
-from ochat_serve.generation import SamplingOptions, ServedModel, Update, Usage
+from ochat_serve.errors import InvalidRequest, ModelNotFound
+from ochat_serve.generation import SamplingOptions, ServedModel, Usage
 from ochat_serve.protocol.chat import ChatCompletionRequest
 from ochat_serve.request_log import RequestRecord
 from ochat_serve.settings import Settings
-from ochat_serve.streaming import (
-    DONE,
-    Collector,
-    EventWriter,
-    ReplyHead,
-    error_event,
-    without_first_space,
-)
+from ochat_serve.streaming import ReplyHead
 
 IGNORED_HEADER = "x-ochat-ignored"
 MAX_TOKENS_HEADER = "x-ochat-max-tokens"
@@ -70,7 +63,7 @@ class ChatService:
             stream_interval=settings.stream_period,
         )
 
-    async def prepare(self, request: ChatCompletionRequest, record: RequestRecord) -> "Chat":
+    async def prepare(self, request: ChatCompletionRequest, record: RequestRecord) -> Chat:
         """Check everything, render the prompt.  Raises ``ApiError``; starts no work."""
         arrived = self._clock()
         record.user = request.user or request.safety_identifier
@@ -103,24 +96,16 @@ class ChatService:
             form=form,
             options=options,
             record=record,
-            updates=self._updates(prompt_token_ids, options, prompt.continues),
+            generate=partial(
+                self.served.engine.generate, prompt_token_ids=prompt_token_ids, options=options
+            ),
+            drops_first_space=self.served.prompts.begins_with_space and not prompt.continues,
             elapsed=lambda: self._clock() - arrived,
             keep_outputs=self._log_content,
         )
         record.id = chat.head.id
         chat.headers |= _notes(ignored, request, options)
         return chat
-
-    def _updates(
-        self, prompt_token_ids: list[int], options: SamplingOptions, continues: bool
-    ) -> Callable[[str], AsyncGenerator[Update, None]]:
-        def start(request_id: str) -> AsyncGenerator[Update, None]:
-            updates = self.served.engine.generate(request_id, prompt_token_ids, options)
-            if self.served.prompts.begins_with_space and not continues:
-                return without_first_space(updates)
-            return updates
-
-        return start
 
     def _model_name(self, model: str | None) -> str:
         """The name to answer with.  Raises ``ModelNotFound`` for a model not served here."""
@@ -134,98 +119,6 @@ class ChatService:
             f"{', '.join(f'`{name}`' for name in names)}.",
             param="model",
         )
-
-
-class Chat:
-    """One request on its way: iterate ``events`` or await ``body``, once."""
-
-    def __init__(
-        self,
-        *,
-        head: ReplyHead,
-        form: ReplyForm,
-        options: SamplingOptions,
-        record: RequestRecord,
-        updates: Callable[[str], AsyncGenerator[Update, None]],
-        elapsed: Callable[[], float],
-        keep_outputs: bool,
-    ) -> None:
-        self.head = head
-        self.form = form
-        self.headers: dict[str, str] = {}
-        self._options = options
-        self._record = record
-        self._start = updates
-        self._elapsed = elapsed
-        self._keep_outputs = keep_outputs
-
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """Whole server-sent events, as bytes to be written at once.
-
-        Raises ``ApiError`` before the first bytes; later errors are events.
-        """
-        writer = EventWriter(
-            self.head,
-            usage=self.form.include_usage,
-            logprobs=self._options.logprobs is not None,
-            obfuscation=self.form.include_obfuscation,
-        )
-        outputs = Collector(self._options.n) if self._keep_outputs else None
-        begun = False
-        try:
-            async with aclosing(self._counted()) as updates:
-                async for update in updates:
-                    if outputs is not None:
-                        outputs.add(update.deltas)
-                    events = writer.deltas(update.deltas)
-                    if not begun:
-                        begun = True
-                        events = writer.begin(self._options.n) + events
-                    if events:
-                        yield events
-            if self.form.include_usage and self._record.usage is not None:
-                yield writer.usage(self._record.usage)
-            yield DONE
-        except ApiError as error:
-            self._record.error = error.code or error.type
-            if not begun:
-                raise
-            yield error_event(error)
-        finally:
-            if outputs is not None:
-                self._record.outputs = outputs.texts
-
-    async def body(self) -> bytes:
-        """The one-body answer.  Raises ``ApiError``."""
-        collector = Collector(self._options.n)
-        try:
-            async with aclosing(self._counted()) as updates:
-                async for update in updates:
-                    collector.add(update.deltas)
-        finally:
-            if self._keep_outputs:
-                self._record.outputs = collector.texts
-        return collector.body(
-            self.head,
-            self._record.usage or Usage(0),
-            logprobs=self._options.logprobs is not None,
-            metadata=self.form.metadata,
-        )
-
-    async def _counted(self) -> AsyncGenerator[Update, None]:
-        """The engine's updates, counted into the record as they pass."""
-        record, usage = self._record, self._record.usage or Usage(0)
-        record.finish_reasons = [None] * self._options.n
-        async with aclosing(self._start(self.head.id)) as updates:
-            async for update in updates:
-                if record.first_token_s is None:
-                    record.first_token_s = self._elapsed()
-                    usage.cached_tokens = update.cached_tokens
-                for delta in update.deltas:
-                    usage.completion_tokens += delta.num_tokens
-                    if delta.finish_reason is not None:
-                        record.finish_reasons[delta.index] = delta.finish_reason
-                yield update
 
 
 def _notes(

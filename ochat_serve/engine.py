@@ -6,21 +6,24 @@ Token ids go in, deltas come out.  Errors of vLLM's are translated here and nowh
 import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
 from vllm import __version__ as vllm_version
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.envs import enable_envs_cache
 from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMError
 from vllm.inputs.engine import tokens_input
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from ochat_serve.errors import ApiError, InvalidRequest, ServerFault, StartupError, Unavailable
 from ochat_serve.generation import (
@@ -160,40 +163,100 @@ class VllmEngine:
     def build(cls, args: AsyncEngineArgs, token_bytes: Callable[[int], bytes]) -> "VllmEngine":
         """Load the model; blocks for as long as that takes.  Raises ``StartupError``."""
         try:
-            return cls(AsyncLLM.from_engine_args(args), token_bytes)
+            engine = cls(AsyncLLM.from_engine_args(args), token_bytes)
         except _START_ERRORS as error:
             raise StartupError(
                 f"vLLM cannot serve {args.model}: {_first_sentence(error)}"
             ) from error
+        # What vLLM's own engine process does when it is ready: variables are read from a cache
+        # (one is read for every token), and the collector need not look at what stays anyway.
+        enable_envs_cache()
+        freeze_gc_heap()
+        return engine
 
     @property
     def failure(self) -> str | None:
         return "The engine process has died." if self._llm.errored else None
 
+    @asynccontextmanager
     async def generate(
         self, request_id: str, prompt_token_ids: Sequence[int], options: SamplingOptions
-    ) -> AsyncGenerator[Update, None]:
+    ) -> AsyncGenerator["VllmGeneration", None]:
         copies = options.n if options.temperature == 0 else 1
         try:
             params = _sampling_params(options, n=options.n // copies)
-            outputs = self._llm.generate(tokens_input(list(prompt_token_ids)), params, request_id)
-            async with aclosing(outputs):
-                async for output in outputs:
-                    yield self._update(output, options, copies)
+            collector = await self._llm.add_request(
+                request_id, tokens_input(list(prompt_token_ids)), params
+            )
+        except asyncio.CancelledError:
+            await self._llm.abort(request_id)
+            raise
         except (VLLMError, ValueError) as error:
             raise api_error(error) from error
+        generation = VllmGeneration(collector, options, copies, self._token_bytes)
+        try:
+            yield generation
+        finally:
+            collector.close()
+            if not (generation.finished or self._llm.errored):
+                await self._llm.abort(collector.request_id, internal=True)
 
-    def _update(self, output: RequestOutput, options: SamplingOptions, copies: int) -> Update:
-        deltas = [self._delta(choice, options) for choice in output.outputs]
-        if copies > 1:  # every greedy choice is the same choice
+    async def close(self) -> None:
+        await asyncio.to_thread(self._llm.shutdown)
+
+
+class _Signal:
+    """Stands where vLLM's collector has an asyncio.Event, and calls instead of waking a task."""
+
+    def __init__(self, ready: Callable[[], None]) -> None:
+        self.set = ready
+
+    def clear(self) -> None:
+        """Nothing is kept: ``set`` is called whenever something has come to an empty collector."""
+
+
+class VllmGeneration:
+    """``generation.Generation`` over vLLM's collector, which merges what nobody takes yet."""
+
+    def __init__(
+        self,
+        collector: RequestOutputCollector,
+        options: SamplingOptions,
+        copies: int,
+        token_bytes: Callable[[int], bytes],
+    ) -> None:
+        self.finished = False
+        self._collector = collector
+        self._copies = copies
+        self._top_logprobs = options.logprobs
+        self._token_bytes = token_bytes
+
+    def listen(self, ready: Callable[[], None]) -> None:
+        self._collector.ready = _Signal(ready)
+        if self._collector.output is not None:
+            ready()
+
+    def take(self) -> Update | None:
+        try:
+            output = self._collector.get_nowait()
+        except (VLLMError, ValueError) as error:
+            raise api_error(error) from error
+        if output is None:
+            return None
+        self.finished = output.finished
+        return self._update(output)
+
+    def _update(self, output: RequestOutput) -> Update:
+        deltas = [self._delta(choice) for choice in output.outputs]
+        if self._copies > 1:  # every greedy choice is the same choice
             deltas = [
                 Delta(index, delta.text, delta.num_tokens, delta.finish_reason, delta.logprobs)
                 for delta in deltas
-                for index in range(copies)
+                for index in range(self._copies)
             ]
         return Update(deltas, output.num_cached_tokens or 0)
 
-    def _delta(self, output: CompletionOutput, options: SamplingOptions) -> Delta:
+    def _delta(self, output: CompletionOutput) -> Delta:
         finish_reason = None
         if output.finish_reason is not None:
             finish_reason = FINISH_REASONS.get(output.finish_reason)
@@ -203,9 +266,8 @@ class VllmEngine:
                     code="engine_failed",
                     retry_after_s=1,
                 )
-        logprobs = (
-            self._logprobs(output, options.logprobs) if options.logprobs is not None else None
-        )
+        top = self._top_logprobs
+        logprobs = None if top is None else self._logprobs(output, top)
         return Delta(output.index, output.text, len(output.token_ids), finish_reason, logprobs)
 
     def _logprobs(self, output: CompletionOutput, top: int) -> list[PositionLogprobs]:
@@ -220,9 +282,6 @@ class VllmEngine:
             TokenLogprob(self._token_bytes(token_id), logprobs[token_id].logprob),
             tuple(TokenLogprob(self._token_bytes(other), entry.logprob) for other, entry in ranked),
         )
-
-    async def close(self) -> None:
-        await asyncio.to_thread(self._llm.shutdown)
 
 
 def _sampling_params(options: SamplingOptions, n: int) -> SamplingParams:

@@ -5,7 +5,8 @@ only way from messages to token ids.  vLLM and transformers stand behind them; t
 put scripted ones there.
 """
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -86,7 +87,7 @@ class Delta:
 
 @dataclass(slots=True)
 class Update:
-    """One message from the engine: the deltas of one or more choices."""
+    """What the engine has to tell: the deltas of one or more choices."""
 
     deltas: Sequence[Delta]
     cached_tokens: int = 0
@@ -110,6 +111,30 @@ class EngineInfo:
     version: str
 
 
+class Generation(Protocol):
+    """One request inside the engine.  Its reader is called, not awaited: waking a task for
+    every token of every stream would cost more than the token."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last update was taken."""
+        ...
+
+    def listen(self, ready: Callable[[], None]) -> None:
+        """Have ``ready`` called when there is something to take; at once, if there is already.
+
+        The call comes from inside the engine's work: it must be quick, and neither take nor raise.
+        """
+        ...
+
+    def take(self) -> Update | None:
+        """All that has come since the last call, in one update.
+
+        Raises ``errors.ApiError`` for a generation that failed.
+        """
+        ...
+
+
 class Engine(Protocol):
     """Token ids in, deltas out."""
 
@@ -123,11 +148,10 @@ class Engine(Protocol):
 
     def generate(
         self, request_id: str, prompt_token_ids: Sequence[int], options: SamplingOptions
-    ) -> AsyncGenerator[Update, None]:
-        """Generate until every choice has finished.  Closing the generator aborts the work.
+    ) -> AbstractAsyncContextManager[Generation]:
+        """Generate within the context.  Leaving it before the end aborts the work.
 
-        Raises ``errors.ApiError`` before the first update for options that the model refuses,
-        and at any time for a failed generation.
+        Entering raises ``errors.ApiError`` for options that the model refuses.
         """
         ...
 

@@ -7,8 +7,7 @@ JSON string of its text is made.  Nothing here waits or reads a clock.
 import json
 import math
 import secrets
-from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -237,19 +236,18 @@ def _remove_first_space(delta: Delta) -> None:
         delta.logprobs = [PositionLogprobs(stripped, first.top), *others]
 
 
-async def without_first_space(
-    updates: AsyncGenerator[Update, None],
-) -> AsyncGenerator[Update, None]:
-    """The same updates, less one space at the beginning of each choice's text.
+class FirstSpaces:
+    """Takes one space away from the beginning of each choice's text.
 
     For tokenizers that put a space before every text encoded on its own, as they did before
     the assistant's turns in training.
     """
-    begun: set[int] = set()
-    async with aclosing(updates):
-        async for update in updates:
-            for delta in update.deltas:
-                if delta.text and delta.index not in begun:
-                    begun.add(delta.index)
-                    _remove_first_space(delta)
-            yield update
+
+    def __init__(self) -> None:
+        self._begun: set[int] = set()
+
+    def remove(self, update: Update) -> None:
+        for delta in update.deltas:
+            if delta.text and delta.index not in self._begun:
+                self._begun.add(delta.index)
+                _remove_first_space(delta)

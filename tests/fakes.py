@@ -1,7 +1,9 @@
 """Hermetic stand-ins for the two seams of ``generation``: no model, no clock, no threads."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from ochat_serve.chat_service import ChatService
@@ -32,8 +34,48 @@ class Wait:
 
 
 @dataclass
+class ScriptedGeneration:
+    """Gives one update at each ``take``, so that a test sees every one of its script."""
+
+    finished: bool = False
+    _come: deque[Update | Exception] = field(default_factory=deque)
+    _played: bool = False
+    _ready: Callable[[], None] = lambda: None
+
+    async def play(self, script: Sequence[Update | Exception | Wait]) -> None:
+        for step in script:
+            if isinstance(step, Wait):
+                await step.go.wait()
+                continue
+            await asyncio.sleep(0)
+            self._played = step is script[-1]
+            self._come.append(step)
+            self._ready()
+
+    def listen(self, ready: Callable[[], None]) -> None:
+        self._ready = ready
+        if self._come:
+            ready()
+
+    def take(self) -> Update | None:
+        if not self._come:
+            return None
+        step = self._come.popleft()
+        if isinstance(step, Exception):
+            raise step
+        if self._come:
+            self._ready()
+        self.finished = self._played and not self._come
+        # Each request gets deltas of its own: a reader may change them.
+        deltas = [
+            Delta(d.index, d.text, d.num_tokens, d.finish_reason, d.logprobs) for d in step.deltas
+        ]
+        return Update(deltas, step.cached_tokens)
+
+
+@dataclass
 class ScriptedEngine:
-    """Plays one script for every request: updates are yielded, errors raised, waits waited."""
+    """Plays one script for every request: updates come, errors are raised, waits waited."""
 
     script: Sequence[Update | Exception | Wait] = field(default_factory=lambda: words("Hi", "!"))
     info: EngineInfo = field(
@@ -44,28 +86,18 @@ class ScriptedEngine:
     requests: list[tuple[Sequence[int], SamplingOptions]] = field(default_factory=list)
     closed: bool = False
 
+    @asynccontextmanager
     async def generate(
         self, request_id: str, prompt_token_ids: Sequence[int], options: SamplingOptions
-    ) -> AsyncGenerator[Update, None]:
+    ) -> AsyncGenerator["ScriptedGeneration", None]:
         self.requests.append((prompt_token_ids, options))
         self.running += 1
+        generation = ScriptedGeneration()
+        player = asyncio.create_task(generation.play(self.script))
         try:
-            for step in self.script:
-                if isinstance(step, Exception):
-                    raise step
-                if isinstance(step, Wait):
-                    await step.go.wait()
-                    continue
-                await asyncio.sleep(0)
-                # Each request gets deltas of its own: a reader may change them.
-                yield Update(
-                    [
-                        Delta(d.index, d.text, d.num_tokens, d.finish_reason, d.logprobs)
-                        for d in step.deltas
-                    ],
-                    step.cached_tokens,
-                )
+            yield generation
         finally:
+            player.cancel()
             self.running -= 1
 
     async def close(self) -> None:

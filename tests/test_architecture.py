@@ -20,7 +20,7 @@ LAYERS = (
     ("__init__", "protocol", "generation", "settings", "errors"),
     ("templates", "streaming", "keys", "request_log"),
     ("engine", "tokenizer", "demo_model", "model_source"),
-    ("chat_request", "chat_service", "serving"),
+    ("chat_request", "chat", "chat_service", "serving"),
     ("app", "routes", "middleware"),
     ("openai_api_server", "server", "loader", "http_protocol", "cli"),
 )

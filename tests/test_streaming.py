@@ -7,8 +7,7 @@ possible cut, the OpenAI SDK's, and the line reader that many clients build on.
 import json
 import math
 import re
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,9 +26,9 @@ from ochat_serve.streaming import (
     PING,
     Collector,
     EventWriter,
+    FirstSpaces,
     ReplyHead,
     error_event,
-    without_first_space,
 )
 
 HEAD = ReplyHead("chatcmpl-1", 1_700_000_000, "m", "fp_0")
@@ -517,21 +516,6 @@ def test_tokens_keep_their_bytes(token_bytes: bytes, token: str):
     assert (told["token"], bytes(told["bytes"])) == (token, token_bytes)
 
 
-class Source:
-    """Updates that know whether their reader has closed them."""
-
-    def __init__(self, deltas: Iterable[Piece]) -> None:
-        self.closed = False
-        self._deltas = deltas
-
-    async def updates(self) -> AsyncGenerator[Update, None]:
-        try:
-            for index, value in self._deltas:
-                yield Update([text(value, index)])
-        finally:
-            self.closed = True
-
-
 @pytest.mark.parametrize(
     ("pieces", "texts"),
     [
@@ -546,35 +530,25 @@ class Source:
         ([], [""]),
     ],
 )
-async def test_one_space_goes_from_the_front_of_each_choice(pieces: list[Piece], texts: list[str]):
-    source = Source(pieces)
-    collector = Collector(len(texts))
-    async for update in without_first_space(source.updates()):
+def test_one_space_goes_from_the_front_of_each_choice(pieces: list[Piece], texts: list[str]):
+    spaces, collector = FirstSpaces(), Collector(len(texts))
+    for index, text in pieces:
+        update = Update([Delta(index, text, 1)])
+        spaces.remove(update)
         collector.add(update.deltas)
     assert collector.texts == texts
-    assert source.closed
 
 
-async def test_the_space_goes_from_its_token_too():
+def test_the_space_goes_from_its_token_too():
     """The tokens' bytes still make the text."""
-
-    async def updates() -> AsyncGenerator[Update, None]:
-        for piece in (b" Hi", b" you"):
-            token = TokenLogprob(piece, -1.0)
-            yield Update([Delta(0, piece.decode(), 1, None, [PositionLogprobs(token, (token,))])])
-
-    collected = [update.deltas[0] async for update in without_first_space(updates())]
-    tokens = [delta.logprobs[0].sampled.token_bytes for delta in collected]
-    assert b"".join(tokens).decode() == "".join(delta.text for delta in collected) == "Hi you"
-
-
-async def test_leaving_early_closes_the_source():
-    """An engine is told to stop by closing its generator: every layer must pass that on."""
-    source = Source([(0, " a"), (0, " b")])
-    async with aclosing(without_first_space(source.updates())) as updates:
-        assert (await anext(updates)).deltas[0].text == "a"
-        assert not source.closed
-    assert source.closed
+    spaces, deltas = FirstSpaces(), []
+    for piece in (b" Hi", b" you"):
+        token = TokenLogprob(piece, -1.0)
+        delta = Delta(0, piece.decode(), 1, None, [PositionLogprobs(token, (token,))])
+        spaces.remove(Update([delta]))
+        deltas.append(delta)
+    tokens = [delta.logprobs[0].sampled.token_bytes for delta in deltas]
+    assert b"".join(tokens).decode() == "".join(delta.text for delta in deltas) == "Hi you"
 
 
 def test_errors_in_a_stream_end_it():

@@ -19,7 +19,7 @@ def router(serving: Serving, streams: OpenStreams, max_body_bytes: int) -> APIRo
         body = await read_json(request, ChatCompletionRequest, max_body_bytes)
         chat = await service.prepare(body, record_of(request))
         if chat.form.stream:
-            return EventStream(chat.events(), chat.headers, streams)
+            return EventStream(chat.stream(), chat.headers, streams)
         async with until_disconnect(request.receive):
             answer = await chat.body()
         return Response(answer, media_type="application/json", headers=chat.headers)

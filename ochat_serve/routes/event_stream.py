@@ -1,8 +1,14 @@
-"""Server-sent events over ASGI, with a comment line where the model is silent for long."""
+"""Server-sent events over ASGI: written as tokens come, by one loop over all open streams.
+
+A stream begins as any ASGI response does.  Where the server hands out a ``BodyWriter`` (ours
+does: ``http_protocol``), all further events are written from that one loop, without waking a
+task per token; elsewhere the stream's own task sends them.
+"""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
 
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
@@ -11,6 +17,8 @@ from ochat_serve.errors import ApiError
 from ochat_serve.routes.replies import until_disconnect
 from ochat_serve.streaming import PING, error_event
 
+# The key in an ASGI scope's "extensions" under which a server offers its ``BodyWriter``.
+BODY_WRITER = "ochat_serve.body_writer"
 _HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
@@ -18,19 +26,62 @@ _HEADERS = {
 }
 
 
+class Events(Protocol):
+    """What is streamed: whole events, taken whenever the listener was called."""
+
+    @property
+    def finished(self) -> bool: ...
+
+    def listen(self, ready: Callable[[], None]) -> None: ...
+
+    def take(self) -> bytes:
+        """Raises ``ApiError`` while the answer has not begun."""
+        ...
+
+
+class BodyWriter(Protocol):
+    """Writes pieces of a response's body that has begun, without waiting."""
+
+    @property
+    def paused(self) -> bool:
+        """Whether the client reads too slowly to be sent more."""
+        ...
+
+    def on_resume(self, resumed: Callable[[], None]) -> None:
+        """Have ``resumed`` called when ``paused`` has become false again."""
+        ...
+
+    def write(self, data: bytes) -> None:
+        """At least one byte.  After the client has left, nothing happens."""
+        ...
+
+
 class OpenStreams:
-    """Every open stream, and one task that keeps the silent ones alive."""
+    """Every open stream: one loop writes to all that have news, one keeps the silent alive."""
 
     def __init__(self, interval_s: float, clock: Callable[[], float]) -> None:
         self.clock = clock
         self._interval_s = interval_s
         self._streams: set[EventStream] = set()
+        self._ready: list[EventStream] = []
 
     def add(self, stream: "EventStream") -> None:
         self._streams.add(stream)
 
     def discard(self, stream: "EventStream") -> None:
         self._streams.discard(stream)
+
+    def ready(self, stream: "EventStream") -> None:
+        """``stream`` has something to write: it will, with all others, in the loop's next turn."""
+        if not self._ready:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._ready.append(stream)
+
+    def _flush(self) -> None:
+        ready, self._ready = self._ready, []
+        now = self.clock()
+        for stream in ready:
+            stream.flush(now)
 
     async def keep_alive(self) -> None:
         """Runs as long as the app."""
@@ -50,61 +101,104 @@ class EventStream(Response):
     """
 
     def __init__(
-        self, events: AsyncGenerator[bytes, None], headers: dict[str, str], streams: OpenStreams
+        self,
+        events: AbstractAsyncContextManager[Events],
+        headers: dict[str, str],
+        streams: OpenStreams,
     ) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers({**_HEADERS, **headers})
-        self._events = events
+        self._context = events
         self._streams = streams
         self._started = False
-        self._sending = False
-        self._ping: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._ping_due = False
+        self._writer: BodyWriter | None = None
         self.last_sent = streams.clock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._send_asgi = send
+        writer = scope.get("extensions", {}).get(BODY_WRITER)
         self._streams.add(self)
         try:
-            async with until_disconnect(receive), aclosing(self._events) as events:
-                await self._run(events)
+            async with until_disconnect(receive), self._context as events:
+                self._events = events
+                try:
+                    last = await self._begin(send, writer)
+                    if self._writer is not None:
+                        last = await self._written_by_loop()
+                except ApiError as error:
+                    if not self._started:
+                        raise
+                    last = error_event(error)
+                await self._send(send, last, more=False)
         finally:
+            self._writer = None
             self._streams.discard(self)
-            if self._ping is not None:
-                self._ping.cancel()
 
-    async def _run(self, events: AsyncGenerator[bytes, None]) -> None:
+    async def _begin(self, send: Send, writer: BodyWriter | None) -> bytes:
+        """Send what comes, up to where ``writer`` takes over or to the end.  The last events."""
+        self._events.listen(self._wake.set)
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            if self._ping_due:
+                self._ping_due = False
+                await self._send(send, PING)
+            data = self._events.take()
+            if self._events.finished:
+                return data
+            if data:
+                await self._send(send, data)
+                if writer is not None:
+                    self._writer = writer
+                    return b""
+
+    async def _written_by_loop(self) -> bytes:
+        """The last events; all others are written by ``flush``."""
+        assert self._writer is not None
+        self._last: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._writer.on_resume(self._on_ready)
+        self._events.listen(self._on_ready)
+        return await self._last
+
+    def _on_ready(self) -> None:
+        self._streams.ready(self)
+
+    def flush(self, now: float) -> None:
+        """Write what has come, unless the client is slow: then it is merged until it reads."""
+        writer = self._writer
+        if writer is None or writer.paused or self._last.done():
+            return
         try:
-            async for data in events:
-                if self._ping is not None:
-                    await self._ping
-                await self._send(data)
-        except ApiError as error:
-            if not self._started:
-                raise
-            await self._send(error_event(error))
-        await self._send_asgi({"type": "http.response.body", "body": b"", "more_body": False})
+            data = self._events.take()
+        except Exception as error:  # noqa: BLE001 - raised again in the stream's own task
+            self._last.set_exception(error)
+            return
+        if self._events.finished:
+            self._last.set_result(data)
+        elif data:
+            writer.write(data)
+            self.last_sent = now
 
     def ping(self) -> None:
-        """Send a comment line, unless something is being sent already."""
-        if not self._sending and self._ping is None:
-            self._ping = asyncio.create_task(self._send(PING))
-            self._ping.add_done_callback(self._ping_done)
+        """Send a comment line, unless the client is slow: then it has enough to read."""
+        if self._writer is None:
+            self._ping_due = True
+            self._wake.set()
+        elif not self._writer.paused:
+            self._writer.write(PING)
+            self.last_sent = self._streams.clock()
 
-    def _ping_done(self, task: "asyncio.Task[None]") -> None:
-        self._ping = None
-
-    async def _send(self, data: bytes) -> None:
-        self._sending = True
+    async def _send(self, send: Send, data: bytes, *, more: bool = True) -> None:
         if not self._started:
             self._started = True
-            await self._send_asgi(
+            await send(
                 {
                     "type": "http.response.start",
                     "status": self.status_code,
                     "headers": self.raw_headers,
                 }
             )
-        await self._send_asgi({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": data, "more_body": more})
         self.last_sent = self._streams.clock()
-        self._sending = False

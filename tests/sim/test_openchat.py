@@ -7,14 +7,13 @@ simulated, so these tests see what one front-end process can carry.
 import asyncio
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.live import eventually
 from tests.model_folders import llama3
-from tests.process import ServerProcess, alive, server_process
+from tests.process import ROOT, ServerProcess, alive, server_process
 
 REPOSITORY = "openchat/openchat-3.6-8b-20240522"
 CHAT = "/v1/chat/completions"
@@ -36,7 +35,7 @@ def openchat(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess
         "--max-num-seqs", str(STREAMS),
         output=home / "output.txt",
         HF_HOME=str(home),
-        PYTHONPATH=str(Path(__file__).parent),
+        PYTHONPATH=str(ROOT / "scripts" / "benchmark" / "sim"),
         SIM_STEP_MS="25",
         SIM_KV_GIB="64",
     ) as server:  # fmt: skip

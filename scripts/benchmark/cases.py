@@ -1,0 +1,99 @@
+"""What is measured: each case is a load with a name."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from scripts.benchmark.load import body, conversation, words
+
+Lanes = Sequence[Sequence[bytes]]
+PROMPT_WORDS = 100
+TURNS = 20
+# Twenty turns of this many words a message are about 6,000 tokens.
+TURN_WORDS = 150
+SHORT_TOKENS = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """``lanes(model)`` makes the requests: one list a connection, sent in order."""
+
+    name: str
+    lanes: Callable[[str], Lanes]
+
+
+def streams(count: int, tokens: int, rounds: int = 1) -> Case:
+    """``count`` answers at once, streamed."""
+
+    def lanes(model: str) -> Lanes:
+        rng = random.Random(count)
+        return [
+            [body([_user(words(rng, PROMPT_WORDS))], tokens, model) for _ in range(rounds)]
+            for _ in range(count)
+        ]
+
+    return Case(f"streams_{count}", lanes)
+
+
+def short(count: int, each: int) -> Case:
+    """Requests of which the answer is two tokens: what a request costs beside its tokens."""
+
+    def lanes(model: str) -> Lanes:
+        rng = random.Random(1)
+        return [
+            [body([_user(words(rng, PROMPT_WORDS))], SHORT_TOKENS, model) for _ in range(each)]
+            for _ in range(count)
+        ]
+
+    return Case("short", lanes)
+
+
+def twenty_turns(count: int, each: int) -> Case:
+    """Long conversations that were never seen before."""
+
+    def lanes(model: str) -> Lanes:
+        rng = random.Random(2)
+        return [
+            [body(conversation(rng, TURNS, TURN_WORDS), SHORT_TOKENS, model) for _ in range(each)]
+            for _ in range(count)
+        ]
+
+    return Case("twenty_turns", lanes)
+
+
+def growing(count: int) -> Case:
+    """Conversations that come back with one more turn, twenty times."""
+
+    def lanes(model: str) -> Lanes:
+        rng = random.Random(3)
+        whole = [conversation(rng, TURNS, TURN_WORDS) for _ in range(count)]
+        return [
+            [body(messages[:end], SHORT_TOKENS, model) for end in range(1, 2 * TURNS, 2)]
+            for messages in whole
+        ]
+
+    return Case("growing", lanes)
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def warm_up(model: str) -> Lanes:
+    return short(8, 4).lanes(model)
+
+
+FULL = (
+    streams(1, 256, rounds=2),
+    streams(32, 256, rounds=2),
+    streams(256, 256, rounds=2),
+    streams(1024, 128),
+    short(32, 30),
+    twenty_turns(16, 12),
+    growing(16),
+)
+# Does it run at all?  For the tests.
+SMOKE = (streams(2, 8), short(2, 2), growing(1))
+# The demo model on a laptop's CPU is slow: a few streams tell what HTTP adds to AsyncLLM.
+REAL = (streams(1, 64), streams(8, 64))
+GPU = (streams(1, 256), streams(32, 256, rounds=2), streams(256, 256, rounds=2), short(32, 30))
