@@ -32,6 +32,10 @@ from ochat_serve.streaming import ReplyHead
 IGNORED_HEADER = "x-ochat-ignored"
 MAX_TOKENS_HEADER = "x-ochat-max-tokens"
 
+_DEFAULTS = asdict(SamplingOptions(max_tokens=0))
+del _DEFAULTS["stream_interval"]  # the server's choice, not the client's
+_TOLD_BY_NUMBER = frozenset({"stop", "logit_bias", "stop_token_ids"})
+
 
 class ChatService:
     """Answers chat requests with one model.  ``clock`` gives seconds from any fixed point,
@@ -143,10 +147,9 @@ def _printable(names: list[str]) -> str:
 def _logged(options: SamplingOptions, form: ReplyForm) -> dict[str, object]:
     """The parameters in the log: those that differ from the defaults.  Stop strings and biases
     may hold what a user said: only their number is told."""
-    defaults = asdict(SamplingOptions(max_tokens=0))
     logged: dict[str, object] = {
-        name: len(value) if name in ("stop", "logit_bias", "stop_token_ids") else value
-        for name, value in asdict(options).items()
-        if value != defaults[name] and name != "stream_interval"
+        name: len(value) if name in _TOLD_BY_NUMBER else value
+        for name, default in _DEFAULTS.items()
+        if (value := getattr(options, name)) != default
     }
     return logged | ({"stream": True} if form.stream else {})

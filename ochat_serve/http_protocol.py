@@ -1,5 +1,5 @@
-"""uvicorn's HTTP protocol on h11, with OpenAI's body where bytes are no HTTP, and a short road
-for the bodies of event streams.
+"""uvicorn's HTTP protocol on h11, with OpenAI's body where bytes are no HTTP, and the
+connection itself for event streams.
 
 h11 rather than httptools: with httptools a body is lost after ``Upgrade: h2c`` (curl --http2,
 Java's client), a pipelined request keeps an abandoned one running, headers have no bound, and
@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from ochat_serve.errors import InvalidRequest
-from ochat_serve.routes.event_stream import BODY_WRITER
+from ochat_serve.routes.connection import CONNECTION
 
 
 class HttpProtocol(H11Protocol):
@@ -25,21 +25,24 @@ class HttpProtocol(H11Protocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._application = self.app
-        self.app = self._with_writer
+        self.app = self._with_connection
         self.resumed: Callable[[], None] | None = None
+        self.lost: Callable[[], None] | None = None
 
-    async def _with_writer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The application, with a ``BodyWriter`` where the client understands chunks."""
-        self.resumed = None
-        version = self.conn.their_http_version
-        if version is not None and version >= b"1.1":
-            scope["extensions"] = {BODY_WRITER: ChunkWriter(self, self.cycle)}
+    async def _with_connection(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.resumed = self.lost = None
+        scope["extensions"] = {CONNECTION: H11Connection(self, self.cycle)}
         await self._application(scope, receive, send)
 
     def resume_writing(self) -> None:
         super().resume_writing()
         if self.resumed is not None:
             self.resumed()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self.lost is not None:
+            self.lost()
 
     def send_400_response(self, msg: str) -> None:
         body = json.dumps(InvalidRequest(f"This is not HTTP as expected: {msg}").body()).encode()
@@ -54,11 +57,11 @@ class HttpProtocol(H11Protocol):
         self.transport.close()
 
 
-class ChunkWriter:
-    """``routes.event_stream.BodyWriter``: chunks straight into the transport.
+class H11Connection:
+    """``routes.connection.Connection``.
 
-    For a response that has begun without a length.  A chunk in the middle of a body does not
-    change h11's state, so it need not pass through it; the last one does, by ASGI.
+    A chunk in the middle of a body does not change h11's state, so it goes straight into the
+    transport; the last one passes through h11, by ASGI.
     """
 
     def __init__(self, protocol: HttpProtocol, cycle: RequestResponseCycle) -> None:
@@ -71,8 +74,20 @@ class ChunkWriter:
     def paused(self) -> bool:
         return self._flow.write_paused
 
+    @property
+    def chunked(self) -> bool:
+        version = self._protocol.conn.their_http_version
+        return version is not None and version >= b"1.1"
+
     def on_resume(self, resumed: Callable[[], None]) -> None:
         self._protocol.resumed = resumed
+
+    def on_lost(self, lost: Callable[[], None] | None) -> None:
+        self._protocol.lost = lost
+        if lost is not None:
+            if self._cycle.disconnected:
+                lost()
+            self._flow.resume_reading()  # a client that leaves is seen by reading only
 
     def write(self, data: bytes) -> None:
         if not self._cycle.disconnected:

@@ -103,6 +103,7 @@ def load(command: cli.Command, phase: Callable[[str], None]) -> ServedModel:
     phase(PHASES[2])
     tokenizer = Tokenizer.load(
         args.tokenizer or source.path,
+        remember_bytes=int(settings.tokenizer_cache_mb * 2**20),
         revision=args.tokenizer_revision or args.revision,
         trust_remote_code=args.trust_remote_code,
     )

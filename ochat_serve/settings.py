@@ -49,6 +49,13 @@ class Settings(BaseModel):
     stream_period: int = Field(
         1, ge=1, le=1000, description="Tokens per stream event. The first token is sent at once."
     )
+    tokenizer_cache_mb: float = Field(
+        64,
+        ge=0,
+        le=65536,
+        description="Memory for the token ids of texts seen before, in MiB: a conversation that "
+        "comes back costs only its new turn. 0 remembers nothing.",
+    )
     max_n: int = Field(8, ge=1, le=1024, description="Largest 'n' (choices) a request may ask for.")
     max_body_mb: float = Field(4, gt=0, le=1024, description="Largest request body, in MiB.")
     ping_interval_s: float = Field(

@@ -19,8 +19,9 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ochat_serve.errors import InvalidRequest, StartupError
+from ochat_serve.remembered import RememberedIds
 from ochat_serve.templates.hf import ApplyTemplate, ControlToken
-from ochat_serve.templates.segments import Literal, Segment
+from ochat_serve.templates.segments import Literal, Plain, Segment
 
 # Added tokens of this shape structure prompts even when the model does not call them special
 # (<think>, <tool_call>, [INST]); other added tokens are words or white space.
@@ -29,12 +30,15 @@ _CONTROL_SHAPE = re.compile(r"\s*[<\[{].*[>\]}]\s*", re.DOTALL)
 _INLINE_CHARS = 4_000
 _WORKERS = 2
 _CACHED_LITERAL_CHARS = 64
+REMEMBER_BYTES = 64 * 2**20
 
 
 class Tokenizer:
     """``templates.SegmentEncoder`` over a Hugging Face tokenizer."""
 
-    def __init__(self, hf_tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, hf_tokenizer: PreTrainedTokenizerBase, *, remember_bytes: int = REMEMBER_BYTES
+    ) -> None:
         backend = getattr(hf_tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Backend):
             raise StartupError(
@@ -52,15 +56,19 @@ class Tokenizer:
             "|".join(re.escape(token.text) for token in self._controls) or r"(?!)"
         )
         self.bos_token_ids = _in_front_of_every_text(hf_tokenizer)
+        self._remembered = RememberedIds(remember_bytes)
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="tokenize")
         self._encode_literal = lru_cache(maxsize=256)(self._recognise)
         self._token_bytes = lru_cache(maxsize=None)(_token_bytes_of(self._recognising))
 
     @classmethod
-    def load(cls, model: str, **options: Any) -> "Tokenizer":
+    def load(
+        cls, model: str, *, remember_bytes: int = REMEMBER_BYTES, **options: Any
+    ) -> "Tokenizer":
         """Load the tokenizer of a model folder or hub id.  Raises ``StartupError``."""
         try:
-            return cls(AutoTokenizer.from_pretrained(model, **options))
+            tokenizer = AutoTokenizer.from_pretrained(model, **options)
+            return cls(tokenizer, remember_bytes=remember_bytes)
         except StartupError:
             raise
         except Exception as error:  # tokenizers raises nothing narrower
@@ -87,11 +95,26 @@ class Tokenizer:
         return bool(ids) and self.token_bytes(ids[0]).startswith(b" ")
 
     async def encode(self, chars: int, segments: Callable[[], Sequence[Segment]]) -> list[int]:
-        """The segments' token ids, in order.  Much is rendered and encoded off the event loop."""
-        if chars <= _INLINE_CHARS:
-            return self.encode_now(segments())
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._workers, lambda: self.encode_now(segments()))
+        """The segments' token ids, in order.  Much is rendered and encoded off the event loop;
+        ``chars`` tells how much rendering them costs."""
+        if chars > _INLINE_CHARS:
+            return await self._in_worker(lambda: self.encode_now(segments()))
+        parts = segments()
+        if self._new_chars(parts) > _INLINE_CHARS:
+            return await self._in_worker(lambda: self.encode_now(parts))
+        return self.encode_now(parts)
+
+    async def _in_worker(self, work: Callable[[], list[int]]) -> list[int]:
+        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+
+    def _new_chars(self, segments: Iterable[Segment]) -> int:
+        """How much there is to encode that is not remembered."""
+        return sum(
+            len(segment.text)
+            for segment in segments
+            if isinstance(segment, Plain)
+            and self._key(segment.text, segment.inside) not in self._remembered
+        )
 
     def encode_now(self, segments: Iterable[Segment]) -> list[int]:
         ids: list[int] = []
@@ -108,11 +131,22 @@ class Tokenizer:
             return self._encode_literal(text)
         return self._recognise(text)
 
-    def encode_plain(self, text: str, *, inside: bool = False) -> list[int]:
+    def encode_plain(self, text: str, *, inside: bool = False) -> Sequence[int]:
         """Token ids of text from outside: never a control token."""
         if not text:
-            return []
-        backend = self._inside if inside else self._plain
+            return ()
+        key = self._key(text, inside)
+        ids = self._remembered.get(key)
+        if ids is None:
+            ids = self._encode_plain(text, self._inside if inside else self._plain)
+            self._remembered.put(key, ids)
+        return ids
+
+    def _key(self, text: str, inside: bool) -> tuple[str, bool]:
+        """What tells encodings apart: most vocabularies know no difference inside a prompt."""
+        return text, inside and self._inside is not self._plain
+
+    def _encode_plain(self, text: str, backend: Backend) -> list[int]:
         ids = _encode(backend, text)
         if self._control_ids.isdisjoint(ids):
             return ids

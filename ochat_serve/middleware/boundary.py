@@ -7,8 +7,8 @@ record per API request to the log, whatever became of the request.
 import logging
 import re
 from collections.abc import Callable
+from uuid import uuid4
 
-import shortuuid
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -77,7 +77,7 @@ class Boundary:
     def _new_record(self, scope: Scope) -> RequestRecord:
         given = header(scope, b"x-request-id")
         request_id = (
-            given.decode() if given and _CLIENT_ID.fullmatch(given) else f"req-{shortuuid.uuid()}"
+            given.decode() if given and _CLIENT_ID.fullmatch(given) else f"req-{uuid4().hex}"
         )
         client = scope.get("client")
         return RequestRecord(

@@ -1,8 +1,8 @@
 """Server-sent events over ASGI: written as tokens come, by one loop over all open streams.
 
-A stream begins as any ASGI response does.  Where the server hands out a ``BodyWriter`` (ours
-does: ``http_protocol``), all further events are written from that one loop, without waking a
-task per token; elsewhere the stream's own task sends them.
+A stream begins as any ASGI response does.  Where the server offers its ``Connection``, all
+further events are written from that one loop, without waking a task per token; elsewhere the
+stream's own task sends them.
 """
 
 import asyncio
@@ -14,11 +14,9 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from ochat_serve.errors import ApiError
-from ochat_serve.routes.replies import until_disconnect
+from ochat_serve.routes.connection import Connection, connection_of, until_disconnect
 from ochat_serve.streaming import PING, error_event
 
-# The key in an ASGI scope's "extensions" under which a server offers its ``BodyWriter``.
-BODY_WRITER = "ochat_serve.body_writer"
 _HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
@@ -36,23 +34,6 @@ class Events(Protocol):
 
     def take(self) -> bytes:
         """Raises ``ApiError`` while the answer has not begun."""
-        ...
-
-
-class BodyWriter(Protocol):
-    """Writes pieces of a response's body that has begun, without waiting."""
-
-    @property
-    def paused(self) -> bool:
-        """Whether the client reads too slowly to be sent more."""
-        ...
-
-    def on_resume(self, resumed: Callable[[], None]) -> None:
-        """Have ``resumed`` called when ``paused`` has become false again."""
-        ...
-
-    def write(self, data: bytes) -> None:
-        """At least one byte.  After the client has left, nothing happens."""
         ...
 
 
@@ -114,17 +95,17 @@ class EventStream(Response):
         self._started = False
         self._wake = asyncio.Event()
         self._ping_due = False
-        self._writer: BodyWriter | None = None
+        self._writer: Connection | None = None
         self.last_sent = streams.clock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writer = scope.get("extensions", {}).get(BODY_WRITER)
+        connection = connection_of(scope)
         self._streams.add(self)
         try:
-            async with until_disconnect(receive), self._context as events:
+            async with until_disconnect(scope, receive), self._context as events:
                 self._events = events
                 try:
-                    last = await self._begin(send, writer)
+                    last = await self._begin(send, connection)
                     if self._writer is not None:
                         last = await self._written_by_loop()
                 except ApiError as error:
@@ -136,8 +117,8 @@ class EventStream(Response):
             self._writer = None
             self._streams.discard(self)
 
-    async def _begin(self, send: Send, writer: BodyWriter | None) -> bytes:
-        """Send what comes, up to where ``writer`` takes over or to the end.  The last events."""
+    async def _begin(self, send: Send, connection: Connection | None) -> bytes:
+        """Send what comes, up to where the loop takes over or to the end.  The last events."""
         self._events.listen(self._wake.set)
         while True:
             await self._wake.wait()
@@ -150,8 +131,8 @@ class EventStream(Response):
                 return data
             if data:
                 await self._send(send, data)
-                if writer is not None:
-                    self._writer = writer
+                if connection is not None and connection.chunked:
+                    self._writer = connection
                     return b""
 
     async def _written_by_loop(self) -> bytes:

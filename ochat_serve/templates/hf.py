@@ -43,6 +43,7 @@ class HfTemplate:
     default_temperature = 1.0
     uses_condition = False
     adds_bos = False  # the template writes its own
+    reads_texts = True
 
     def __init__(self, apply: ApplyTemplate, control_tokens: Iterable[ControlToken]) -> None:
         self._apply = apply

@@ -6,7 +6,7 @@ from ochat_serve.errors import StartupError
 from ochat_serve.generation import Conversation
 from ochat_serve.templates.segments import SegmentEncoder, Template
 
-# What a message costs beside its text, in characters' worth of work.
+# What rendering a message costs beside its text, in characters' worth of encoding.
 _TURN_CHARS = 40
 
 
@@ -24,7 +24,9 @@ class TemplateRenderer:
         self.begins_with_space = template.adds_bos and encoder.begins_with_space
 
     async def render(self, conversation: Conversation) -> list[int]:
-        chars = sum(len(turn.text) + _TURN_CHARS for turn in conversation.turns)
+        chars = _TURN_CHARS * len(conversation.turns)
+        if self._template.reads_texts:
+            chars += sum(len(turn.text) for turn in conversation.turns)
         segments = partial(self._template.segments, conversation)
         return self._bos + await self._encoder.encode(chars, segments)
 

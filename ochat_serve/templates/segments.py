@@ -56,6 +56,11 @@ class Template(Protocol):
         """Whether the tokenizer's beginning-of-sequence token goes in front."""
         ...
 
+    @property
+    def reads_texts(self) -> bool:
+        """Whether rendering reads every text, and so costs the more the longer they are."""
+        ...
+
     def segments(self, conversation: Conversation) -> Sequence[Segment]:
         """The prompt in order.  Raises ``errors.InvalidRequest`` for what the format cannot say."""
         ...
@@ -77,8 +82,8 @@ class SegmentEncoder(Protocol):
         ...
 
     async def encode(self, chars: int, segments: Callable[[], Sequence[Segment]]) -> list[int]:
-        """The ids of what ``segments()`` gives.  ``chars`` tells how much that will be, so that
-        much of it can be rendered and encoded off the event loop."""
+        """The ids of what ``segments()`` gives.  ``chars`` tells what that call costs, as so many
+        characters to encode; much is rendered and encoded off the event loop."""
         ...
 
 

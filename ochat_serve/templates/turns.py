@@ -33,6 +33,7 @@ class TurnTemplate:
     default_temperature: float = 1.0
     owned_by: str = "ochat_serve"
     adds_bos: bool = True
+    reads_texts: bool = False
 
     @property
     def is_openchat(self) -> bool:
@@ -58,17 +59,19 @@ class TurnTemplate:
         """
         system, chat = join_system(conversation)
         turns = [(turn.role, turn.text) for turn in chat.turns]
+        headers = {role: self.header(role, chat.condition) for role in self.roles}
+        end = Literal(self.end_of_turn)
         if system and self.system == "first_user":
             turns = _into_first_user(system, turns)
             system = ""
         parts: list[Segment] = []
         if system:
-            parts += self.header("system") if self.system == "turn" else ()
-            parts += (Plain(system), Literal(self.end_of_turn))
+            parts += headers["system"] if self.system == "turn" else ()
+            parts += (Plain(system), end)
         if not turns or turns[-1][0] != "assistant":
             turns.append(("assistant", ""))
         for role, text in turns:
-            parts += (*self.header(role, chat.condition), Plain(text), Literal(self.end_of_turn))
+            parts += (*headers[role], Plain(text), end)
         return parts[:-1]
 
 
