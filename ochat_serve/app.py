@@ -29,7 +29,7 @@ def create_app(settings: Settings, serving: Serving, log: RequestLog | None = No
 
     Its shutdown closes the engine and the log.
     """
-    streams = OpenStreams(settings.ping_interval_s, time.monotonic)
+    streams = OpenStreams(settings.ping_interval_s, time.monotonic, merges=settings.merges_streams)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -64,7 +64,7 @@ class ChatService:
                 served.prompts.default_temperature if temperature is None else temperature
             ),
             template_stop_ids=served.prompts.stop_token_ids,
-            stream_interval=settings.stream_period,
+            stream_interval=settings.stream_interval,
         )
 
     async def prepare(self, request: ChatCompletionRequest, record: RequestRecord) -> Chat:

@@ -5,8 +5,22 @@ vLLM's engine flags are not settings; they pass through to vLLM unchanged.
 """
 
 import ipaddress
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+
+AUTO: Literal["auto"] = "auto"
+MAX_STREAM_PERIOD = 1000
+
+
+def _stream_period(value: object) -> object:
+    text = str(value).strip()
+    if text == AUTO or (text.isascii() and text.isdigit() and 0 < int(text) <= MAX_STREAM_PERIOD):
+        return text if text == AUTO else int(text)
+    raise ValueError(f"must be '{AUTO}' or a number of tokens from 1 to {MAX_STREAM_PERIOD}")
+
+
+StreamPeriod = Annotated[int | Literal["auto"], BeforeValidator(_stream_period)]
 
 
 class Settings(BaseModel):
@@ -46,8 +60,11 @@ class Settings(BaseModel):
     )
 
     # Requests
-    stream_period: int = Field(
-        1, ge=1, le=1000, description="Tokens per stream event. The first token is sent at once."
+    stream_period: StreamPeriod = Field(
+        AUTO,
+        description="Tokens per stream event. 'auto': one, until so many streams are open that "
+        "they are merged, each stream getting an event at least every 50 ms. The first token "
+        "is sent at once.",
     )
     tokenizer_cache_mb: float = Field(
         64,
@@ -105,6 +122,16 @@ class Settings(BaseModel):
         if self.allow_credentials and "*" in self.allowed_origins:
             raise ValueError('--allow-credentials needs named --allowed-origins, not "*"')
         return self
+
+    @property
+    def stream_interval(self) -> int:
+        """Tokens per update of the engine's."""
+        return 1 if self.stream_period == AUTO else self.stream_period
+
+    @property
+    def merges_streams(self) -> bool:
+        """Whether tokens are merged as streams grow in number."""
+        return self.stream_period == AUTO
 
     @property
     def max_body_bytes(self) -> int:

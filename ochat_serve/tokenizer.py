@@ -212,22 +212,39 @@ def _encode(backend: Backend, text: str) -> list[int]:
 
 
 def _split(backend: Backend) -> tuple[Backend, Backend, Backend, tuple[ControlToken, ...]]:
-    """A copy that recognises control tokens, two that never do (for a text on its own, and for
-    one inside a prompt), and the control tokens."""
-    spec = json.loads(backend.to_str())
-    spec["truncation"] = spec["padding"] = None
-    recognising = Backend.from_str(json.dumps(spec))
-    recognising.encode_special_tokens = False
+    """One that recognises control tokens, two that never do (for a text on its own, and for
+    one inside a prompt), and the control tokens.  The first is ``backend`` itself: every
+    copy of a large vocabulary takes a hundred megabytes."""
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = False
+    spec, model = _taken_apart(backend)
     controls = []
     for token in spec["added_tokens"]:
         if token["special"] or _CONTROL_SHAPE.fullmatch(token["content"]):
             token["special"] = True
             controls.append(ControlToken(token["content"], token["lstrip"], token["rstrip"]))
-    plain = inside = Backend.from_str(json.dumps(spec))
+    plain = inside = _put_together(spec, model)
     if _drop_first_prefix(spec["pre_tokenizer"]):
-        inside = Backend.from_str(json.dumps(spec))
+        inside = _put_together(spec, model)
     plain.encode_special_tokens = inside.encode_special_tokens = True
-    return recognising, plain, inside, tuple(controls)
+    return backend, plain, inside, tuple(controls)
+
+
+_MODEL = '"model":{'
+
+
+def _taken_apart(backend: Backend) -> tuple[dict[str, Any], str]:
+    """What a tokenizer consists of, and its model (vocabulary and merges: megabytes) unread.
+
+    The model is the last entry; before it the mark stands in no string, as quotes are escaped.
+    """
+    rest, _, model = backend.to_str().partition(_MODEL)
+    return json.loads(rest.rstrip(",") + "}"), model
+
+
+def _put_together(spec: dict[str, Any], model: str) -> Backend:
+    return Backend.from_str(json.dumps(spec)[:-1] + "," + _MODEL + model)
 
 
 def _drop_first_prefix(pre_tokenizer: dict[str, Any] | None) -> bool:
@@ -241,7 +258,7 @@ def _drop_first_prefix(pre_tokenizer: dict[str, Any] | None) -> bool:
 
 def _token_bytes_of(backend: Backend) -> Callable[[int], bytes]:
     """How this vocabulary spells bytes: byte-level BPE, or SentencePiece."""
-    spec = json.loads(backend.to_str())
+    spec, _ = _taken_apart(backend)
     added = {token["id"]: token["content"].encode() for token in spec["added_tokens"]}
     byte_level = '"ByteLevel"' in json.dumps([spec.get("decoder"), spec.get("pre_tokenizer")])
     spell = _byte_level if byte_level else _sentencepiece

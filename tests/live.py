@@ -24,14 +24,14 @@ STOP_TIMEOUT_S = 40
 class LiveServer:
     """``url`` is where it listens; ``call`` runs a coroutine on its event loop."""
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: FastAPI, protocol: type[asyncio.Protocol] = HttpProtocol) -> None:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
-                http=HttpProtocol,
+                http=protocol,
                 log_level="warning",
                 access_log=False,
                 timeout_graceful_shutdown=1,
@@ -60,8 +60,8 @@ class LiveServer:
 
 
 @contextlib.contextmanager
-def live(app: FastAPI) -> Iterator[LiveServer]:
-    server = LiveServer(app)
+def live(app: FastAPI, protocol: type[asyncio.Protocol] = HttpProtocol) -> Iterator[LiveServer]:
+    server = LiveServer(app, protocol)
     server.start()
     try:
         yield server

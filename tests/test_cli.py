@@ -45,6 +45,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "enable_sys_prompt": ([], True),
     "default_temperature": (["0.5"], 0.5),
     "stream_period": (["6"], 6),
+    "tokenizer_cache_mb": (["0.5"], 0.5),
     "max_n": (["4"], 4),
     "max_body_mb": (["0.5"], 0.5),
     "ping_interval_s": (["2.5"], 2.5),

@@ -66,7 +66,8 @@ def test_credentials_need_named_origins():
     [
         ("model", ["demo"], [""]),
         ("default_temperature", [0, 2, None], [-0.1, 2.1, float("nan")]),
-        ("stream_period", [1, 1000], [0, 1001]),
+        ("stream_period", ["auto", 1, 1000], [0, 1001, "", "often", "1.5", True, None, "\u0661"]),
+        ("tokenizer_cache_mb", [0, 0.5, 65536], [-1, float("inf"), float("nan")]),
         ("max_n", [1, 1024], [0, 1025]),
         ("max_body_mb", [0.001, 1024], [0, 1025, float("inf"), float("nan")]),
         # Nothing can sleep for ever and still send a ping.

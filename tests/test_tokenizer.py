@@ -243,6 +243,50 @@ async def test_the_event_loop_turns_while_a_long_text_is_encoded(llama3):
     assert len(await work) == 80_001
 
 
+class Counting(Tokenizer):
+    """Counts the characters that are really encoded."""
+
+    encoded = 0
+
+    def _encode_plain(self, text, backend):
+        self.encoded += len(text)
+        return super()._encode_plain(text, backend)
+
+
+async def test_a_conversation_that_comes_back_costs_only_its_new_turn(llama3):
+    tokenizer = Counting(llama3.hf)
+    turns = [Plain(f"Turn {number}. " + "Tell me more. " * 900) for number in range(4)]
+    for end in range(1, 5):
+        tokenizer.encoded = 0
+        ids = await tokenizer.encode(0, lambda end=end: turns[:end])
+        assert tokenizer.encoded == len(turns[end - 1].text)
+        assert ids == llama3.tokenizer.encode_now(turns[:end])
+
+
+async def test_only_what_is_new_decides_whether_a_worker_is_needed(llama3):
+    segments = Watched(Plain("All of this was said before. " * 300))
+    await llama3.tokenizer.encode(0, lambda: segments)
+    assert segments.threads != {threading.current_thread()}
+    segments.threads.clear()
+    await llama3.tokenizer.encode(0, lambda: segments)
+    assert segments.threads == {threading.current_thread()}
+
+
+def test_without_memory_every_text_is_encoded_anew(llama3):
+    tokenizer = Counting(llama3.hf, remember_bytes=0)
+    assert tokenizer.encode_plain("twice") == tokenizer.encode_plain("twice")
+    assert tokenizer.encoded == 10
+
+
+def test_remembered_ids_tell_a_text_inside_a_prompt_from_one_on_its_own():
+    backend = Backend(models.WordLevel({"[UNK]": 0, "▁a": 1, "a": 2, "<s>": 3}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+    for _ in range(2):
+        assert list(tokenizer.encode_plain("a")) == [1]
+        assert list(tokenizer.encode_plain("a", inside=True)) == [2]
+
+
 # Loading
 
 
