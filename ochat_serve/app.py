@@ -16,7 +16,7 @@ from ochat_serve.errors import ApiError, InvalidRequest, MethodNotAllowed, NotFo
 from ochat_serve.keys import ApiKeys
 from ochat_serve.middleware.auth import Auth
 from ochat_serve.middleware.boundary import Boundary
-from ochat_serve.request_log import RequestLog
+from ochat_serve.request_log import Log
 from ochat_serve.routes import chat, models, ops
 from ochat_serve.routes.event_stream import OpenStreams
 from ochat_serve.routes.replies import on_api_error
@@ -24,7 +24,7 @@ from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings
 
 
-def create_app(settings: Settings, serving: Serving, log: RequestLog | None = None) -> FastAPI:
+def create_app(settings: Settings, serving: Serving, log: Log | None = None) -> FastAPI:
     """The app around ``serving``, which may become ready later.
 
     Its shutdown closes the engine and the log.
@@ -62,7 +62,7 @@ def create_app(settings: Settings, serving: Serving, log: RequestLog | None = No
     return app
 
 
-def _middleware(settings: Settings, log: RequestLog | None) -> list[Middleware]:
+def _middleware(settings: Settings, log: Log | None) -> list[Middleware]:
     """From the outside in."""
     keys = ApiKeys(key.get_secret_value() for key in settings.api_keys)
     cors = Middleware(

@@ -155,6 +155,10 @@ class Engine(Protocol):
         """
         ...
 
+    def metrics(self) -> bytes:
+        """The engine's own metrics in Prometheus' text format, summed over front ends.  Blocks."""
+        ...
+
     async def close(self) -> None: ...
 
 

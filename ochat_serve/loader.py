@@ -5,7 +5,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -14,6 +16,11 @@ from ochat_serve.chat_service import ChatService
 from ochat_serve.errors import StartupError
 from ochat_serve.generation import ServedModel
 from ochat_serve.serving import Serving
+
+if TYPE_CHECKING:  # importing vLLM takes ten seconds
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    from ochat_serve.model_source import ModelSource
 
 WATCH_INTERVAL_S = 1
 PHASES = ("finding the model", "importing vLLM", "loading the tokenizer", "loading the weights")
@@ -24,6 +31,19 @@ def say(text: str) -> None:
     print(f"ochat_serve: {text}", file=sys.stderr, flush=True)
 
 
+@dataclass(frozen=True)
+class Share:
+    """A front end's part in an engine that its parent has launched."""
+
+    connection: Mapping[str, Any]
+    parent: int
+
+    @property
+    def index(self) -> int:
+        index: int = self.connection["client_index"]
+        return index
+
+
 class Loader(threading.Thread):
     """Loads the model into ``serving``, then watches its engine.
 
@@ -31,7 +51,13 @@ class Loader(threading.Thread):
     """
 
     def __init__(
-        self, command: cli.Command, serving: Serving, server: uvicorn.Server, *, log_content: bool
+        self,
+        command: cli.Command,
+        serving: Serving,
+        server: uvicorn.Server,
+        *,
+        log_content: bool,
+        share: "Share | None" = None,
     ) -> None:
         super().__init__(name="load", daemon=True)
         self.failure: StartupError | None = None
@@ -39,11 +65,14 @@ class Loader(threading.Thread):
         self._serving = serving
         self._server = server
         self._log_content = log_content
+        self._share = share
         self._started_at = time.monotonic()
 
     def run(self) -> None:
         try:
-            served = load(self._command, self._phase)
+            served = load(
+                self._command, self._phase, self._share.connection if self._share else None
+            )
             self._serving.chat = ChatService(
                 served,
                 self._command.settings,
@@ -53,7 +82,8 @@ class Loader(threading.Thread):
             )
             self._serving.phase = "ready"
             seconds = time.monotonic() - self._started_at
-            say(f"ready in {seconds:.0f} s; models: {', '.join(served.names)}")
+            who = f"front end {self._share.index + 1} " if self._share else ""
+            say(f"{who}ready in {seconds:.0f} s; models: {', '.join(served.names)}")
             self._watch(served)
         except StartupError as error:
             self.failure = error
@@ -62,7 +92,8 @@ class Loader(threading.Thread):
 
     def _phase(self, name: str) -> None:
         self._serving.phase = name
-        say(f"[{PHASES.index(name) + 1}/{len(PHASES)}] {name} ...")
+        if self._share is None:  # otherwise the parent tells, once
+            say(f"[{PHASES.index(name) + 1}/{len(PHASES)}] {name} ...")
 
     def _watch(self, served: ServedModel) -> None:
         """Until the server ends.  Without an engine it is of no use to anybody: it ends too, so
@@ -71,10 +102,14 @@ class Loader(threading.Thread):
             time.sleep(WATCH_INTERVAL_S)
             if served.engine.failure is not None and not self._server.should_exit:
                 raise StartupError(f"{served.engine.failure} The server ends with it.")
+            if self._share is not None and os.getppid() != self._share.parent:
+                raise StartupError("The parent process has died. The front end ends with it.")
 
 
-def load(command: cli.Command, phase: Callable[[str], None]) -> ServedModel:
-    """Find the model, import vLLM, build the engine.  Blocks; raises ``StartupError``."""
+def prepare_engine(
+    command: cli.Command, phase: Callable[[str], None]
+) -> tuple["ModelSource", "AsyncEngineArgs"]:
+    """Find the model, import vLLM, check its flags.  Blocks; raises ``StartupError``."""
     settings = command.settings
     phase(PHASES[0])
     from ochat_serve.model_source import locate
@@ -88,11 +123,7 @@ def load(command: cli.Command, phase: Callable[[str], None]) -> ServedModel:
     phase(PHASES[1])
     # vLLM's engine process must not be forked from a process with threads.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    from ochat_serve.engine import VllmEngine, parse_engine_flags
-    from ochat_serve.templates.hf import HfTemplate
-    from ochat_serve.templates.registry import TEMPLATES
-    from ochat_serve.templates.renderer import TemplateRenderer
-    from ochat_serve.tokenizer import Tokenizer
+    from ochat_serve.engine import parse_engine_flags
 
     args = parse_engine_flags(
         command.engine_flags,
@@ -100,10 +131,27 @@ def load(command: cli.Command, phase: Callable[[str], None]) -> ServedModel:
         served_model_name=source.names[0],
         context=source.context,
     )
+    return source, args
+
+
+def load(
+    command: cli.Command,
+    phase: Callable[[str], None],
+    connection: Mapping[str, Any] | None = None,
+) -> ServedModel:
+    """Everything up to the model behind the server; with ``connection`` its engine is shared.
+    Blocks; raises ``StartupError``."""
+    source, args = prepare_engine(command, phase)
+    from ochat_serve.engine import VllmEngine
+    from ochat_serve.templates.hf import HfTemplate
+    from ochat_serve.templates.registry import TEMPLATES
+    from ochat_serve.templates.renderer import TemplateRenderer
+    from ochat_serve.tokenizer import Tokenizer
+
     phase(PHASES[2])
     tokenizer = Tokenizer.load(
         args.tokenizer or source.path,
-        remember_bytes=int(settings.tokenizer_cache_mb * 2**20),
+        remember_bytes=int(command.settings.tokenizer_cache_mb * 2**20),
         revision=args.tokenizer_revision or args.revision,
         trust_remote_code=args.trust_remote_code,
     )
@@ -112,7 +160,7 @@ def load(command: cli.Command, phase: Callable[[str], None]) -> ServedModel:
     )
     prompts = TemplateRenderer(template, tokenizer)
     phase(PHASES[3])
-    engine = VllmEngine.build(args, tokenizer.token_bytes)
+    engine = VllmEngine.build(args, tokenizer.token_bytes, connection)
     fingerprint = f"{__version__} {engine.info} {source} {args.dtype} {args.quantization}"
     return ServedModel(
         names=source.names,

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from io import TextIOWrapper
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from ochat_serve.generation import Usage
 
@@ -84,6 +84,21 @@ def _milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 3)
 
 
+class Log(Protocol):
+    """Where records go.  With ``content`` they should hold what was said."""
+
+    @property
+    def content(self) -> bool: ...
+
+    def write(self, record: RequestRecord) -> None:
+        """Returns at once."""
+        ...
+
+    def close(self) -> None:
+        """Leave no record behind."""
+        ...
+
+
 class _PrivateRotatingFile(RotatingFileHandler):
     """A rotating file that only its owner can read."""
 
@@ -133,8 +148,10 @@ class RequestLog:
 
     def write(self, record: RequestRecord) -> None:
         """Hand one line to the writer; returns at once."""
-        line = logging.makeLogRecord({"msg": record.line(), "levelno": logging.INFO})
-        self._handler.emit(line)
+        self.write_line(record.line())
+
+    def write_line(self, line: str) -> None:
+        self._handler.emit(logging.makeLogRecord({"msg": line, "levelno": logging.INFO}))
 
     def close(self) -> None:
         """Write what is left, then close the file."""

@@ -7,6 +7,7 @@ beside the running server.
 import contextlib
 import errno
 import os
+import resource
 import signal
 import socket
 from collections.abc import Iterator
@@ -17,14 +18,15 @@ from ochat_serve import cli
 from ochat_serve.app import create_app
 from ochat_serve.errors import StartupError
 from ochat_serve.http_protocol import HttpProtocol
-from ochat_serve.loader import Loader, say
-from ochat_serve.request_log import RequestLog
+from ochat_serve.loader import Loader, Share, say
+from ochat_serve.request_log import Log, RequestLog
 from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings
 
 KEEP_ALIVE_TIMEOUT_S = 5
 SHUTDOWN_TIMEOUT_S = 30
 BACKLOG = 2048
+OPEN_FILES = 65_536
 
 
 def _print_engine_help() -> int:
@@ -43,13 +45,30 @@ def run(command: cli.Command) -> int:
         return _print_engine_help()
     for notice in command.notices:
         say(notice)
+    allow_many_connections()
     settings = command.settings
-    sockets = _bind(settings.host, settings.port)
-    log = _open_log(settings)
+    if settings.api_server_count > 1:
+        from ochat_serve import front_ends
+
+        return front_ends.run(command)
+    sockets = bind(settings.host, settings.port)
+    log = open_log(settings)
+    host, port = sockets[0].getsockname()[:2]
+    say(f"listening on http://{settings.host}:{port} ({host}); loading {settings.model}")
+    return serve(command, sockets, log)
+
+
+def serve(
+    command: cli.Command,
+    sockets: list[socket.socket],
+    log: Log | None,
+    share: Share | None = None,
+) -> int:
+    """One front end, with an engine of its own or a share in one."""
     serving = Serving()
     server = _Server(
         uvicorn.Config(
-            create_app(settings, serving, log),
+            create_app(command.settings, serving, log),
             loop="uvloop",
             http=HttpProtocol,
             access_log=False,
@@ -60,9 +79,9 @@ def run(command: cli.Command) -> int:
             server_header=False,
         )
     )
-    host, port = sockets[0].getsockname()[:2]
-    say(f"listening on http://{settings.host}:{port} ({host}); loading {settings.model}")
-    loader = Loader(command, serving, server, log_content=log is not None and log.content)
+    loader = Loader(
+        command, serving, server, log_content=log is not None and log.content, share=share
+    )
     loader.start()
     server.run(sockets=sockets)
     if loader.failure is not None:
@@ -73,6 +92,14 @@ def run(command: cli.Command) -> int:
         os._exit(0)
     # Nothing was loaded and nothing is said: a bug, and the loader has shown its traceback.
     return 0 if serving.chat is not None else 1
+
+
+def allow_many_connections() -> None:
+    """Every stream is an open file; systems start processes with 1,024 and allow more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class _Server(uvicorn.Server):
@@ -91,7 +118,18 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def _bind(host: str, port: int) -> list[socket.socket]:
+def bind_for_each(host: str, port: int, count: int) -> list[list[socket.socket]]:
+    """Listening sockets for ``count`` processes: the kernel deals new connections out to them.
+    Raises ``StartupError``."""
+    # Alone first: sockets that share a port would share it with another server, too.
+    probe = bind(host, port)
+    port = probe[0].getsockname()[1]
+    for bound in probe:
+        bound.close()
+    return [bind(host, port, shared=True) for _ in range(count)]
+
+
+def bind(host: str, port: int, *, shared: bool = False) -> list[socket.socket]:
     """Listening sockets on every address of ``host``.  Raises ``StartupError``."""
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -102,6 +140,8 @@ def _bind(host: str, port: int) -> list[socket.socket]:
     for family, kind, protocol, _, address in dict.fromkeys(addresses):
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if port == 0 and sockets:  # the same free port on every address
@@ -128,7 +168,7 @@ def _bind_problem(host: str, port: int, error: OSError) -> str:
     return f"{host}:{port} cannot be bound: {error.strerror}."
 
 
-def _open_log(settings: Settings) -> RequestLog | None:
+def open_log(settings: Settings) -> RequestLog | None:
     if settings.log_file is None:
         return None
     try:

@@ -87,6 +87,13 @@ class Settings(BaseModel):
     # Server
     host: str = Field("localhost", description="Host name or address to bind.")
     port: int = Field(18888, ge=0, le=65535, description="Port to bind; 0 takes a free one.")
+    api_server_count: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Front-end processes over the one engine. One carries tens of thousands of "
+        "tokens per second; more are for many short requests.",
+    )
     api_keys: tuple[SecretStr, ...] = Field(
         (),
         description="Keys that clients must send. Better given in the environment variable "

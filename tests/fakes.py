@@ -100,6 +100,9 @@ class ScriptedEngine:
             player.cancel()
             self.running -= 1
 
+    def metrics(self) -> bytes:
+        return b"vllm:requests 1\n"
+
     async def close(self) -> None:
         self.closed = True
 

@@ -52,6 +52,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "strict_parameters": ([], True),
     "host": (["::1"], "::1"),
     "port": (["0"], 0),
+    "api_server_count": (["2"], 2),
     "api_keys": (["a", "b"], ("a", "b")),
     "insecure_no_auth": ([], True),
     "allow_credentials": ([], True),

@@ -73,6 +73,7 @@ def test_credentials_need_named_origins():
         # Nothing can sleep for ever and still send a ping.
         ("ping_interval_s", [0.01, 3600], [0, -1, float("inf"), float("nan")]),
         ("port", [0, 65535], [-1, 65536]),
+        ("api_server_count", [1, 64], [0, 65]),
         ("log_max_mb", [1], [0]),
         ("log_max_count", [1], [0]),
     ],

@@ -1,12 +1,15 @@
 """For operators and their probes: liveness, readiness, version."""
 
+import asyncio
+
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
 from ochat_serve import __version__
 from ochat_serve.serving import LOADING_RETRY_S, Serving
 
 _PROBE = ["GET", "HEAD"]
+_PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def router(serving: Serving) -> APIRouter:
@@ -25,6 +28,13 @@ def router(serving: Serving) -> APIRouter:
         if is_ready:
             return JSONResponse(body)
         return JSONResponse(body, 503, {"retry-after": str(LOADING_RETRY_S)})
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        """vLLM's own metrics for Prometheus, summed over all front ends."""
+        engine = serving.require_chat().served.engine
+        text = await asyncio.to_thread(engine.metrics)
+        return Response(text, media_type=_PROMETHEUS)
 
     @routes.get("/version")
     async def version() -> dict[str, str | None]:

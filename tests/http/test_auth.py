@@ -38,7 +38,14 @@ def server() -> LiveServer:
 def test_every_route_is_closed_but_liveness(server: LiveServer) -> None:
     routes = create_app(Settings(), serving(ScriptedEngine())).routes
     paths = {route.path.replace("{model:path}", "openchat_3.6") for route in routes}
-    assert {"/v1/chat/completions", "/v1/models", "/readyz", "/health", "/version"} <= paths
+    assert {
+        "/v1/chat/completions",
+        "/v1/models",
+        "/readyz",
+        "/health",
+        "/version",
+        "/metrics",
+    } <= paths
     for path in (paths - {"/livez"}) | set(ODD_PATHS):
         for method in ("GET", "POST", "HEAD", "OPTIONS", "DELETE"):
             answer = httpx.request(method, server.url + path)

@@ -132,6 +132,12 @@ def test_a_body_that_is_never_finished_leaves_nothing_behind(server: LiveServer)
     assert httpx.get(server.url + "/readyz").status_code == 200
 
 
+def test_metrics_are_the_engines_in_prometheus_format(server: LiveServer) -> None:
+    answer = httpx.get(server.url + "/metrics")
+    assert answer.text == "vllm:requests 1\n"
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+
+
 def test_while_loading_chat_and_readiness_say_so_and_liveness_is_fine() -> None:
     with live(create_app(Settings(), Serving(phase="loading the weights"))) as server:
         chat = httpx.post(server.url + CHAT, json={"messages": [{"role": "user", "content": "x"}]})

@@ -1,15 +1,15 @@
-"""vLLM's AsyncLLM behind ``generation.Engine``: the only importer of vllm.
+"""vLLM's AsyncLLM behind ``generation.Engine``.
 
 Token ids go in, deltas come out.  Errors of vLLM's are translated here and nowhere else.
 """
 
 import asyncio
-import os
-from collections.abc import AsyncGenerator, Callable, Sequence
+import gc
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from prometheus_client import generate_latest
 from pydantic import ValidationError
 from tokenizers import decoders
 from vllm import __version__ as vllm_version
@@ -18,13 +18,13 @@ from vllm.envs import enable_envs_cache
 from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMError
 from vllm.inputs.engine import tokens_input
 from vllm.outputs import CompletionOutput, RequestOutput
-from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
-from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.usage.usage_lib import UsageContext
 from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from ochat_serve.detokenizing import decode_stream
 from ochat_serve.errors import ApiError, InvalidRequest, ServerFault, StartupError, Unavailable
@@ -46,12 +46,8 @@ FINISH_REASONS: dict[str, FinishReason] = {
 }
 # Seeds of one request with n > 1 are consecutive; vLLM takes -1 for "no seed".
 _SEED_RANGE = 2**62
-# One conversation of 8,192 tokens with an 8B model (1 GiB) and some slack; filling it with zeros
-# takes about a second and a half per GiB at every start.
-_CPU_KV_CACHE_BYTES = 1_088 * 2**20
-_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
 # What a bad configuration or model makes vLLM raise; anything else is a bug and shows itself.
-_START_ERRORS = (
+START_ERRORS = (
     OSError,
     ValueError,
     RuntimeError,
@@ -60,92 +56,6 @@ _START_ERRORS = (
     AssertionError,
     ImportError,
 )
-_EAGER_FLAGS = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-cc", "-O")
-
-
-class _Parser(FlexibleArgumentParser):  # type: ignore[misc]  # vLLM's is untyped
-    """vLLM's flags; a bad one is one sentence instead of a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise StartupError(f"{message[:1].upper()}{message[1:]}. See --help=all for every flag.")
-
-
-def engine_parser() -> FlexibleArgumentParser:
-    """A parser of every engine flag that vLLM has."""
-    return AsyncEngineArgs.add_cli_args(_Parser(prog="ochat_serve", add_help=False))
-
-
-def parse_engine_flags(
-    flags: Sequence[str], *, model: str, served_model_name: str, context: int | None
-) -> AsyncEngineArgs:
-    """vLLM's engine arguments from the command line's engine flags.
-
-    ``context`` (tokens) is the most that the prompt template allows, None for no such bound.
-    Raises ``StartupError``.
-    """
-    namespace = engine_parser().parse_args(["--model", model, *flags])
-    args = AsyncEngineArgs.from_cli_args(namespace)
-    args.served_model_name = served_model_name
-    if context is not None:
-        given = args.max_model_len
-        args.max_model_len = context if given in (None, -1) else min(given, context)
-    if current_platform.is_cpu():
-        _cpu_defaults(args, flags)
-    _check_devices(args)
-    _check_weights(args)
-    return args
-
-
-def _cpu_defaults(args: AsyncEngineArgs, flags: Sequence[str]) -> None:
-    if not any(flag.startswith(_EAGER_FLAGS) for flag in flags):
-        # Compiled bfloat16 gives wrong text on this backend.
-        args.enforce_eager = True
-    memory_flags = ("--gpu-memory-utilization", "--kv-cache-memory")
-    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ and not any(
-        flag.startswith(memory_flags) for flag in flags
-    ):
-        # vLLM would take nine tenths of the machine's memory, which is not a GPU's.
-        args.kv_cache_memory_bytes = _CPU_KV_CACHE_BYTES
-
-
-def _check_devices(args: AsyncEngineArgs) -> None:
-    """Fewer devices than ranks is said here, before any weight is read."""
-    wanted = args.tensor_parallel_size * args.pipeline_parallel_size
-    if wanted == 1 or args.distributed_executor_backend not in (None, "mp") or args.nnodes > 1:
-        return
-    if current_platform.is_cpu():
-        count, what = _cpu_devices(), "memory node(s) to bind a rank to"
-    else:
-        count, what = current_platform.device_count(), "GPU(s)"
-    if wanted > count:
-        raise StartupError(
-            f"--tensor-parallel-size {args.tensor_parallel_size} x --pipeline-parallel-size "
-            f"{args.pipeline_parallel_size} needs {wanted} devices, but this machine has {count} "
-            f"{what}. Use smaller values."
-        )
-
-
-def _cpu_devices() -> int:
-    """Ranks that vLLM's CPU backend can place: the groups the user names, else memory nodes."""
-    from vllm.utils.cpu_resource_utils import get_visible_memory_node
-
-    binding = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
-    if binding == "nobind":
-        return os.cpu_count() or 1
-    return len(binding.split("|")) if binding != "auto" else len(get_visible_memory_node())
-
-
-def _check_weights(args: AsyncEngineArgs) -> None:
-    """A folder without weights is said here; vLLM would say it after most of a minute."""
-    folder = Path(args.model)
-    executor = args.distributed_executor_backend
-    if not folder.is_dir() or args.load_format != "auto" or executor not in (None, "mp", "uni"):
-        return
-    if not any(path for pattern in _WEIGHT_FILES for path in folder.glob(pattern)):
-        raise StartupError(
-            f"The folder {folder} has no weights ({', '.join(_WEIGHT_FILES)}). "
-            "Is its download complete?"
-        )
 
 
 class VllmEngine:
@@ -162,13 +72,19 @@ class VllmEngine:
         )
 
     @classmethod
-    def build(cls, args: AsyncEngineArgs, token_bytes: Callable[[int], bytes]) -> "VllmEngine":
-        """Load the model; blocks for as long as that takes.  Raises ``StartupError``."""
+    def build(
+        cls,
+        args: AsyncEngineArgs,
+        token_bytes: Callable[[int], bytes],
+        connection: Mapping[str, Any] | None = None,
+    ) -> "VllmEngine":
+        """Load the model, or share one that is loading (``group``) over ``connection``; blocks
+        for as long as that takes.  Raises ``StartupError``."""
         try:
-            engine = cls(AsyncLLM.from_engine_args(args), token_bytes)
-        except _START_ERRORS as error:
+            llm = _connected(args, connection) if connection else AsyncLLM.from_engine_args(args)
+        except START_ERRORS as error:
             raise StartupError(
-                f"vLLM cannot serve {args.model}: {_first_sentence(error)}"
+                f"vLLM cannot serve {args.model}: {first_sentence(error)}"
             ) from error
         # What vLLM's own engine process does when it is ready: variables are read from a cache
         # (one is read for every token), and the collector need not look at what stays anyway.
@@ -176,7 +92,7 @@ class VllmEngine:
         freeze_gc_heap()
         # vLLM looks the class up there, for backends that bring their own.
         decoders.DecodeStream = decode_stream  # type: ignore[misc, assignment]
-        return engine
+        return cls(llm, token_bytes)
 
     @property
     def failure(self) -> str | None:
@@ -205,8 +121,29 @@ class VllmEngine:
             if not (generation.finished or self._llm.errored):
                 await self._llm.abort(collector.request_id, internal=True)
 
+    def metrics(self) -> bytes:
+        return generate_latest(get_prometheus_registry())
+
     async def close(self) -> None:
+        gc.unfreeze()  # or what was frozen would count as leaked when the process ends
         await asyncio.to_thread(self._llm.shutdown)
+
+
+def _connected(args: AsyncEngineArgs, connection: Mapping[str, Any]) -> AsyncLLM:
+    """One of several clients of an engine that another process has launched."""
+    where = dict(connection)
+    where.pop("api_server_loads", None)
+    count, index = where.pop("client_count"), where.pop("client_index")
+    args._api_process_count, args._api_process_rank = count, index
+    return AsyncLLM.from_vllm_config(
+        args.create_engine_config(UsageContext.OPENAI_API_SERVER),
+        usage_context=UsageContext.OPENAI_API_SERVER,
+        enable_log_requests=args.enable_log_requests,
+        disable_log_stats=args.disable_log_stats,
+        client_addresses=where,
+        client_count=count,
+        client_index=index,
+    )
 
 
 class _Signal:
@@ -329,7 +266,7 @@ def api_error(error: Exception) -> ApiError:
     return ServerFault()
 
 
-def _first_sentence(error: Exception) -> str:
+def first_sentence(error: Exception) -> str:
     """The cause in one line.  pydantic's errors say it on their third."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, ValidationError) and len(lines) > 2:

@@ -1,0 +1,84 @@
+"""``--api-server-count 2``: two front ends, one engine, one port, one log, one account."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.live import RawClient, eventually
+from tests.process import ROOT, ServerProcess, alive, server_process
+
+CHAT = "/v1/chat/completions"
+CONNECTIONS = 40
+ASK = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
+
+
+@pytest.fixture
+def two(llama3_folder: Path, tmp_path: Path) -> Iterator[ServerProcess]:
+    with server_process(
+        "--model", str(llama3_folder),
+        "--api-server-count", "2",
+        "--distributed-executor-backend", "sim_executor.SimExecutor",
+        "--log-file", str(tmp_path / "requests.log"),
+        output=tmp_path / "output.txt",
+        PYTHONPATH=str(ROOT / "scripts" / "benchmark" / "sim"),
+        SIM_STEP_MS="5",
+    ) as server:  # fmt: skip
+        server.wait_until_ready()
+        assert eventually(lambda: server.output.count("ready in") == 2, within_s=60)
+        yield server
+
+
+def front_ends(server: ServerProcess) -> list[psutil.Process]:
+    return [child for child in server.children() if "ApiServer" in child.name()]
+
+
+def finished(server: ServerProcess) -> float:
+    """Requests that vLLM has counted, over all front ends."""
+    text = httpx.get(server.url + "/metrics").text
+    counts = re.findall(r'vllm:request_success_total\{.*"length".*\} (\S+)', text)
+    assert len(counts) == 1, "every series stands there once"
+    return float(counts[0])
+
+
+def test_two_front_ends_are_one_server(two: ServerProcess, tmp_path: Path) -> None:
+    clients = [RawClient(two.port) for _ in range(CONNECTIONS)]
+    for client in clients:
+        client.post(CHAT, json.dumps(ASK).encode())
+    for client in clients:
+        assert b"200 OK" in client.read_until(b'"completion_tokens":4')
+    # The kernel deals connections out by chance: all 40 to one process is as good as impossible.
+    held = [len(process.net_connections("tcp")) for process in front_ends(two)]
+    assert len(held) == 2
+    assert all(count > 1 for count in held), held  # the listening socket is one
+    for client in clients:
+        client.hang_up()
+    assert finished(two) == CONNECTIONS
+    log = tmp_path / "requests.log"
+    assert eventually(lambda: log.read_text().count("\n") == CONNECTIONS)
+
+    # A signal lets the stream finish; then nothing is left, and every request stands in the log.
+    children = two.children()
+    with RawClient(two.port) as client:
+        client.post(CHAT, json.dumps({**ASK, "max_tokens": 300, "stream": True}).encode())
+        client.read_until(b'"content":"The"')
+        two.process.terminate()
+        assert b'"finish_reason":"length"' in client.read_until(b"data: [DONE]")
+    assert two.process.wait(60) == 0
+    assert eventually(lambda: not any(map(alive, children)), within_s=10)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["outcome"] for line in lines] == ["finished"] * (CONNECTIONS + 1)
+    assert lines[-1]["completion_tokens"] == 300
+
+
+def test_a_front_end_that_dies_ends_the_server(two: ServerProcess) -> None:
+    """Half a server would answer half of the connections."""
+    children = two.children()
+    front_ends(two)[0].kill()
+    assert two.process.wait(60) == 1
+    assert re.search(r"ochat_serve: Process ApiServer_\d .* died .*The server ends", two.output)
+    assert eventually(lambda: not any(map(alive, children)), within_s=10)
