@@ -15,7 +15,7 @@ from ochat_serve import cli
 from ochat_serve.errors import StartupError
 from ochat_serve.loader import PHASES, Share, prepare_engine, say
 from ochat_serve.request_log import RequestLog, RequestRecord
-from ochat_serve.server import SHUTDOWN_TIMEOUT_S, bind_for_each, open_log, serve
+from ochat_serve.server import SHUTDOWN_TIMEOUT_S, bind_for_each, open_log, prepare, serve
 
 # A front end closes its streams before it ends; the engine goes after the last one.
 STOP_TIMEOUT_S = SHUTDOWN_TIMEOUT_S + 15
@@ -44,6 +44,7 @@ class Work:
 
 def run(command: cli.Command) -> int:
     """Serve until a signal ends it.  Returns the exit code; raises ``StartupError``."""
+    prepare(command)
     settings = command.settings
     count = settings.api_server_count
     sockets = bind_for_each(settings.host, settings.port, count)

@@ -17,9 +17,7 @@ from ochat_serve.errors import StartupError
 from ochat_serve.generation import ServedModel
 from ochat_serve.serving import Serving
 
-if TYPE_CHECKING:  # importing vLLM takes ten seconds
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
+if TYPE_CHECKING:  # it imports transformers, which takes seconds
     from ochat_serve.model_source import ModelSource
 
 WATCH_INTERVAL_S = 1
@@ -106,10 +104,9 @@ class Loader(threading.Thread):
                 raise StartupError("The parent process has died. The front end ends with it.")
 
 
-def prepare_engine(
-    command: cli.Command, phase: Callable[[str], None]
-) -> tuple["ModelSource", "AsyncEngineArgs"]:
-    """Find the model, import vLLM, check its flags.  Blocks; raises ``StartupError``."""
+def prepare_engine(command: cli.Command, phase: Callable[[str], None]) -> tuple["ModelSource", Any]:
+    """Find the model, import vLLM, check its flags: the model's source and vLLM's arguments.
+    Blocks; raises ``StartupError``."""
     settings = command.settings
     phase(PHASES[0])
     from ochat_serve.model_source import locate

@@ -15,6 +15,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         command = cli.parse(sys.argv[1:] if argv is None else argv)
+        if command.settings.api_server_count > 1:
+            from ochat_serve import front_ends
+
+            return front_ends.run(command)
         from ochat_serve import server
 
         return server.run(command)

@@ -43,14 +43,8 @@ def run(command: cli.Command) -> int:
     """Serve until a signal ends it.  Returns the exit code; raises ``StartupError``."""
     if command.help_all:
         return _print_engine_help()
-    for notice in command.notices:
-        say(notice)
-    allow_many_connections()
+    prepare(command)
     settings = command.settings
-    if settings.api_server_count > 1:
-        from ochat_serve import front_ends
-
-        return front_ends.run(command)
     sockets = bind(settings.host, settings.port)
     log = open_log(settings)
     host, port = sockets[0].getsockname()[:2]
@@ -94,7 +88,14 @@ def serve(
     return 0 if serving.chat is not None else 1
 
 
-def allow_many_connections() -> None:
+def prepare(command: cli.Command) -> None:
+    """What comes before the port is bound."""
+    for notice in command.notices:
+        say(notice)
+    _allow_many_connections()
+
+
+def _allow_many_connections() -> None:
     """Every stream is an open file; systems start processes with 1,024 and allow more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)

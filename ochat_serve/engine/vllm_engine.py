@@ -15,35 +15,21 @@ from tokenizers import decoders
 from vllm import __version__ as vllm_version
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.envs import enable_envs_cache
-from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMError
+from vllm.exceptions import VLLMError
 from vllm.inputs.engine import tokens_input
-from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from ochat_serve.detokenizing import decode_stream
-from ochat_serve.errors import ApiError, InvalidRequest, ServerFault, StartupError, Unavailable
-from ochat_serve.generation import (
-    Delta,
-    EngineInfo,
-    FinishReason,
-    PositionLogprobs,
-    SamplingOptions,
-    TokenLogprob,
-    Update,
-)
+from ochat_serve.engine.errors import api_error
+from ochat_serve.engine.generations import CollectedGeneration, TextGeneration
+from ochat_serve.errors import StartupError
+from ochat_serve.generation import EngineInfo, Generation, SamplingOptions
 
-# vLLM's finish reasons that are OpenAI's or mean the same; any other is a failed generation.
-FINISH_REASONS: dict[str, FinishReason] = {
-    "stop": "stop",
-    "length": "length",
-    "repetition": "stop",
-}
 # Seeds of one request with n > 1 are consecutive; vLLM takes -1 for "no seed".
 _SEED_RANGE = 2**62
 # What a bad configuration or model makes vLLM raise; anything else is a bug and shows itself.
@@ -101,7 +87,7 @@ class VllmEngine:
     @asynccontextmanager
     async def generate(
         self, request_id: str, prompt_token_ids: Sequence[int], options: SamplingOptions
-    ) -> AsyncGenerator["VllmGeneration", None]:
+    ) -> AsyncGenerator[Generation, None]:
         copies = options.n if options.temperature == 0 else 1
         try:
             params = _sampling_params(options, n=options.n // copies)
@@ -113,13 +99,22 @@ class VllmEngine:
             raise
         except (VLLMError, ValueError) as error:
             raise api_error(error) from error
-        generation = VllmGeneration(collector, options, copies, self._token_bytes)
+        generation = self._generation(collector, options, copies)
         try:
             yield generation
         finally:
-            collector.close()
+            generation.close()
             if not (generation.finished or self._llm.errored):
                 await self._llm.abort(collector.request_id, internal=True)
+
+    def _generation(
+        self, collector: RequestOutputCollector, options: SamplingOptions, copies: int
+    ) -> TextGeneration | CollectedGeneration:
+        state = self._llm.output_processor.request_states.get(collector.request_id)
+        only_text = options.n == 1 and options.logprobs is None
+        if only_text and state is not None and collector.output is None:
+            return TextGeneration(collector, state)
+        return CollectedGeneration(collector, options, copies, self._token_bytes)
 
     def metrics(self) -> bytes:
         return generate_latest(get_prometheus_registry())
@@ -146,85 +141,6 @@ def _connected(args: AsyncEngineArgs, connection: Mapping[str, Any]) -> AsyncLLM
     )
 
 
-class _Signal:
-    """Stands where vLLM's collector has an asyncio.Event, and calls instead of waking a task."""
-
-    def __init__(self, ready: Callable[[], None]) -> None:
-        self.set = ready
-
-    def clear(self) -> None:
-        """Nothing is kept: ``set`` is called whenever something has come to an empty collector."""
-
-
-class VllmGeneration:
-    """``generation.Generation`` over vLLM's collector, which merges what nobody takes yet."""
-
-    def __init__(
-        self,
-        collector: RequestOutputCollector,
-        options: SamplingOptions,
-        copies: int,
-        token_bytes: Callable[[int], bytes],
-    ) -> None:
-        self.finished = False
-        self._collector = collector
-        self._copies = copies
-        self._top_logprobs = options.logprobs
-        self._token_bytes = token_bytes
-
-    def listen(self, ready: Callable[[], None]) -> None:
-        self._collector.ready = _Signal(ready)
-        if self._collector.output is not None:
-            ready()
-
-    def take(self) -> Update | None:
-        try:
-            output = self._collector.get_nowait()
-        except (VLLMError, ValueError) as error:
-            raise api_error(error) from error
-        if output is None:
-            return None
-        self.finished = output.finished
-        return self._update(output)
-
-    def _update(self, output: RequestOutput) -> Update:
-        deltas = [self._delta(choice) for choice in output.outputs]
-        if self._copies > 1:  # every greedy choice is the same choice
-            deltas = [
-                Delta(index, delta.text, delta.num_tokens, delta.finish_reason, delta.logprobs)
-                for delta in deltas
-                for index in range(self._copies)
-            ]
-        return Update(deltas, output.num_cached_tokens or 0)
-
-    def _delta(self, output: CompletionOutput) -> Delta:
-        finish_reason = None
-        if output.finish_reason is not None:
-            finish_reason = FINISH_REASONS.get(output.finish_reason)
-            if finish_reason is None:
-                raise Unavailable(
-                    "The generation was given up by the engine. Please try again.",
-                    code="engine_failed",
-                    retry_after_s=1,
-                )
-        top = self._top_logprobs
-        logprobs = None if top is None else self._logprobs(output, top)
-        return Delta(output.index, output.text, len(output.token_ids), finish_reason, logprobs)
-
-    def _logprobs(self, output: CompletionOutput, top: int) -> list[PositionLogprobs]:
-        positions = list(zip(output.token_ids, output.logprobs or (), strict=False))
-        if output.finish_reason == "stop" and not isinstance(output.stop_reason, str):
-            positions = positions[:-1]  # the stop token is not part of the text
-        return [self._position(token_id, logprobs, top) for token_id, logprobs in positions]
-
-    def _position(self, token_id: int, logprobs: dict[int, Any], top: int) -> PositionLogprobs:
-        ranked = sorted(logprobs.items(), key=lambda item: item[1].rank)[:top]
-        return PositionLogprobs(
-            TokenLogprob(self._token_bytes(token_id), logprobs[token_id].logprob),
-            tuple(TokenLogprob(self._token_bytes(other), entry.logprob) for other, entry in ranked),
-        )
-
-
 def _sampling_params(options: SamplingOptions, n: int) -> SamplingParams:
     return SamplingParams(
         n=n,
@@ -248,22 +164,6 @@ def _sampling_params(options: SamplingOptions, n: int) -> SamplingParams:
         stream_interval=options.stream_interval,
         skip_clone=True,
     )
-
-
-def api_error(error: Exception) -> ApiError:
-    """What a client is told of an error of vLLM's.  First match wins."""
-    if isinstance(error, EngineDeadError):
-        return Unavailable(
-            "The engine has stopped, and the server ends with it.",
-            code="engine_dead",
-            retry_after_s=10,
-        )
-    if isinstance(error, GracefulHTTPError):
-        return Unavailable(error.message, code="overloaded", retry_after_s=1)
-    if isinstance(error, VLLMClientError | ValueError):
-        message = str(error.args[0]) if error.args else "The model refuses this request."
-        return InvalidRequest(message, param=getattr(error, "parameter", None))
-    return ServerFault()
 
 
 def first_sentence(error: Exception) -> str:

@@ -126,7 +126,7 @@ def test_a_slow_reader_loses_nothing_and_holds_up_nobody() -> None:
             engine.script = words("quick")
             other.post(CHAT, json.dumps(ASK).encode())
             assert b"quick" in other.read_until(b"[DONE]")
-        assert engine.running == 1
+        assert eventually(lambda: engine.running == 1)
         assert contents(client.read_until(b"[DONE]"))[1:-1] == pieces
 
 

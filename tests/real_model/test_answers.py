@@ -79,6 +79,35 @@ def test_stream_equals_one_body(demo: Demo, prompt: str, fields: dict[str, objec
     assert [usage[name] for name in counts] == [whole["usage"][name] for name in counts]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"stop": ["7", "12"]},
+        {"stop": ["\n"], "min_tokens": 9},
+        {"max_tokens": 1},
+        {"max_tokens": 5},
+        {"ignore_eos": True, "max_tokens": 60},
+    ],
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_both_roads_out_of_the_engine_tell_the_same(
+    demo: Demo, fields: dict[str, object], streamed: bool
+) -> None:
+    """Text alone is taken where vLLM decodes it; logprobs come with vLLM's own objects."""
+
+    def told(**more: object) -> tuple[str, str, dict]:
+        if not streamed:
+            answer = ask(demo, COUNT, **fields, **more)
+            return text(answer), answer["choices"][0]["finish_reason"], answer["usage"]
+        usage = {"stream_options": {"include_usage": True}}
+        *chunks, ending, last = stream(demo, COUNT, **fields, **more, **usage)
+        return streamed_text(chunks), ending["choices"][0]["finish_reason"], last["usage"]
+
+    ask(demo, COUNT)  # both find the prompt in the cache
+    assert told() == told(logprobs=True)
+
+
 def test_stop_strings_are_not_in_the_text(demo: Demo) -> None:
     free = text(ask(demo, COUNT))
     assert "4" in free
