@@ -28,6 +28,7 @@ from scripts.benchmark.servers import MODEL, OURS_AUTO, OURS_PERIOD_1, VLLM, Con
 
 ROOT = Path(__file__).parents[2]
 SIM = Path(__file__).parent / "sim"
+LONG_CONTEXT = 131_072
 
 
 def arguments() -> argparse.Namespace:
@@ -76,13 +77,27 @@ def engine(args: argparse.Namespace, scratch: Path) -> tuple[list[str], dict[str
     from tests import model_folders
     from tests.chat_templates import LLAMA3_INSTRUCT
 
-    model = model_folders.llama3(scratch / "llama3", chat_template=LLAMA3_INSTRUCT)
-    flags = ["--model", str(model), "--max-model-len", "8192"]
+    # The same prompts on both sides: Llama-3-Instruct's template, by its own name for ours.
+    model = model_folders.llama3(
+        scratch / "llama3",
+        chat_template=LLAMA3_INSTRUCT,
+        openchat={"model_type": "llama3_instruct"},
+    )
+    flags = ["--model", str(model)]
     if args.gpu:
         return [*flags, "--load-format", "dummy", "--max-num-seqs", "256"], {}
+    _lengthen(model)
+    flags += ["--max-model-len", str(LONG_CONTEXT)]
     flags += ["--distributed-executor-backend", "sim_executor.SimExecutor"]
     environ = {"PYTHONPATH": str(SIM), "SIM_STEP_MS": str(args.step_ms), "SIM_KV_GIB": "64"}
     return [*flags, "--max-num-seqs", "1024", "--max-num-batched-tokens", "65536"], environ
+
+
+def _lengthen(model: Path) -> None:
+    """Room for the longest prompts: nothing is computed, so the shape can say what it likes."""
+    path = model / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"max_position_embeddings": LONG_CONTEXT}))
 
 
 def chosen_cases(args: argparse.Namespace) -> Sequence[cases.Case]:
@@ -106,7 +121,7 @@ async def measure(
         for case in chosen:
             lanes = case.lanes(MODEL)
             before = server.cpu()
-            seen = await drive(server.port, lanes)
+            seen = await drive(server.port, lanes, beside=case.beside(MODEL))
             found[case.name] = report.figures(seen, server.cpu() - before)
             _tell(f"{contender.name}: {case.name}: {_brief(found[case.name])}")
         return {

@@ -12,14 +12,17 @@ TURNS = 20
 # Twenty turns of this many words a message are about 6,000 tokens.
 TURN_WORDS = 150
 SHORT_TOKENS = 2
+LONG_WORDS = 99_900
 
 
 @dataclass(frozen=True)
 class Case:
-    """``lanes(model)`` makes the requests: one list a connection, sent in order."""
+    """``lanes(model)`` makes the requests: one list a connection, sent in order.
+    ``beside(model)`` are sent at the same time and not measured."""
 
     name: str
     lanes: Callable[[str], Lanes]
+    beside: Callable[[str], Lanes] = lambda model: ()
 
 
 def streams(count: int, tokens: int, rounds: int = 1) -> Case:
@@ -75,6 +78,20 @@ def growing(count: int) -> Case:
     return Case("growing", lanes)
 
 
+def short_beside_long(count: int, each: int) -> Case:
+    """Short requests, one at a time, while ``count`` prompts of 100,000 tokens are in flight."""
+
+    def lanes(model: str) -> Lanes:
+        rng = random.Random(5)
+        return [[body([_user(words(rng, 20))], SHORT_TOKENS, model) for _ in range(each)]]
+
+    def beside(model: str) -> Lanes:
+        rng = random.Random(6)
+        return [[body([_user(words(rng, LONG_WORDS))], SHORT_TOKENS, model)] for _ in range(count)]
+
+    return Case(f"short_beside_{count}_long", lanes, beside)
+
+
 def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
@@ -92,6 +109,8 @@ FULL = (
     short(32, 30),
     twenty_turns(16, 12),
     growing(16),
+    short_beside_long(0, 20),
+    short_beside_long(4, 20),
 )
 # Does it run at all?  For the tests.
 SMOKE = (streams(2, 8), short(2, 2), growing(1))

@@ -133,28 +133,41 @@ def _completion_tokens(tail: bytes) -> int:
     return int(digits[: len(digits) - len(digits.lstrip(b"0123456789"))]) if at >= 0 else 0
 
 
-async def drive(port: int, lanes: Sequence[Sequence[bytes]], timeout_s: float = TIMEOUT_S) -> Seen:
-    """Every lane at once, its requests one after another.
+async def drive(
+    port: int,
+    lanes: Sequence[Sequence[bytes]],
+    timeout_s: float = TIMEOUT_S,
+    beside: Sequence[Sequence[bytes]] = (),
+) -> Seen:
+    """Every lane at once, its requests one after another; ``beside`` is not counted.
 
     Raises RuntimeError for a request that fails, OSError for a server that is not there.
     """
-    seen = Seen()
+    seen, others = Seen(), Seen()
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
         "Content-Type: application/json\r\nAccept: */*\r\nUser-Agent: bench\r\nContent-Length: "
     )
     loop = asyncio.get_running_loop()
+
+    async def opened(lanes: Sequence[Sequence[bytes]], counted: Seen) -> list[_Lane]:
+        made = []
+        for bodies in lanes:
+            lane = _Lane(head, bodies, counted)
+            await loop.create_connection(lambda lane=lane: lane, "127.0.0.1", port)
+            made.append(lane)
+        return made
+
+    not_measured = await opened(beside, others)
     started = time.perf_counter()
-    opened = [
-        await loop.create_connection(
-            lambda bodies=bodies: _Lane(head, bodies, seen), "127.0.0.1", port
-        )
-        for bodies in lanes
-    ]
+    measured = await opened(lanes, seen)
     async with asyncio.timeout(timeout_s):
-        await asyncio.gather(*(lane.done for _, lane in opened))
-    seen.wall_s = time.perf_counter() - started
+        await asyncio.gather(*(lane.done for lane in measured))
+        seen.wall_s = time.perf_counter() - started
+        await asyncio.gather(*(lane.done for lane in not_measured))
     expected = sum(map(len, lanes))
-    if seen.requests != expected:
-        raise RuntimeError(f"{expected - seen.requests} requests failed: {seen.error}")
+    if seen.requests != expected or others.failed:
+        raise RuntimeError(
+            f"{expected - seen.requests} requests failed: {seen.error or others.error}"
+        )
     return seen

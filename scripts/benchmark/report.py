@@ -15,7 +15,7 @@ Run = dict[
 
 
 def figures(seen: Seen, cpu: Cpu) -> Figures:
-    """What one case shows of one server.  ``gap_steady``: see ``report.best_rate``."""
+    """What one case shows of one server."""
     return {
         "requests": seen.requests,
         "tokens": seen.tokens,
@@ -76,6 +76,14 @@ def rows(runs: Sequence[Run]) -> list[Row]:
         table += [
             _case(name, "front_ms_per_request", f"{said}: front-end CPU, ms"),
             _case(name, "ttft_p50_ms", f"{said}: TTFT p50, ms"),
+        ]
+    for name, said in (
+        ("short_beside_0_long", "one short request alone"),
+        ("short_beside_4_long", "one beside four of 100,000 tokens"),
+    ):
+        table += [
+            _case(name, "ttft_p50_ms", f"{said}: TTFT p50, ms"),
+            _case(name, "ttft_p99_ms", f"{said}: TTFT p99, ms"),
         ]
     table += [
         Row("highest tokens/s before the p99 gap doubles", best_rate),
