@@ -5,8 +5,9 @@ event in the stream.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Self
 
 from ochat_serve.chat_request import ReplyForm
 from ochat_serve.errors import ApiError
@@ -26,7 +27,7 @@ Generate = Callable[[str], AbstractAsyncContextManager[Generation]]
 
 
 class Chat:
-    """One request on its way: enter ``stream`` or await ``body``, once."""
+    """One request on its way: enter ``stream()`` or await ``body()``, once."""
 
     def __init__(
         self,
@@ -50,9 +51,8 @@ class Chat:
         self._elapsed = elapsed
         self._keep_outputs = keep_outputs
 
-    @asynccontextmanager
-    async def stream(self) -> AsyncGenerator["ChatStream", None]:
-        """The answer as events.  Entering raises ``ApiError``."""
+    def stream(self) -> "ChatStream":
+        """The answer as events."""
         writer = EventWriter(
             self.head,
             usage=self.form.include_usage,
@@ -60,12 +60,7 @@ class Chat:
             obfuscation=self.form.include_obfuscation,
         )
         outputs = Collector(self._options.n) if self._keep_outputs else None
-        try:
-            async with self._counted() as source:
-                yield ChatStream(source, writer, outputs, self.form, self._options.n)
-        finally:
-            if outputs is not None:
-                self._record.outputs = outputs.texts
+        return ChatStream(self._counted(), writer, outputs, self.form, self._options.n)
 
     async def body(self) -> bytes:
         """The one-body answer.  Raises ``ApiError``."""
@@ -89,30 +84,38 @@ class Chat:
             metadata=self.form.metadata,
         )
 
-    @asynccontextmanager
-    async def _counted(self) -> AsyncGenerator["_Counted", None]:
+    def _counted(self) -> "_Counted":
         self._record.finish_reasons = [None] * self._options.n
-        async with self._generate(self.head.id) as generation:
-            spaces = FirstSpaces() if self._drops_first_space else None
-            yield _Counted(generation, spaces, self._record, self._elapsed)
+        spaces = FirstSpaces() if self._drops_first_space else None
+        return _Counted(self._generate(self.head.id), spaces, self._record, self._elapsed)
 
 
 class _Counted:
-    """A generation whose updates are counted into the record as they pass."""
+    """A generation whose updates are counted into the record as they pass; it runs within the
+    context."""
 
     def __init__(
         self,
-        generation: Generation,
+        context: AbstractAsyncContextManager[Generation],
         spaces: FirstSpaces | None,
         record: RequestRecord,
         elapsed: Callable[[], float],
     ) -> None:
         self.record = record
         self.usage = record.usage = record.usage or Usage(0)
-        self.listen = generation.listen
-        self._generation = generation
+        self._context = context
         self._spaces = spaces
         self._elapsed = elapsed
+
+    async def __aenter__(self) -> Self:
+        self._generation = await self._context.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self._context.__aexit__(*error)
+
+    def listen(self, ready: Callable[[], None]) -> None:
+        self._generation.listen(ready)
 
     @property
     def finished(self) -> bool:
@@ -135,7 +138,8 @@ class _Counted:
 
 
 class ChatStream:
-    """A stream under way: ``take`` whenever the listener was called, until ``finished``."""
+    """A stream, under way within the context: ``take`` whenever the listener was called, until
+    ``finished``.  Entering raises ``ApiError``."""
 
     def __init__(
         self,
@@ -153,6 +157,17 @@ class ChatStream:
         self._include_usage = form.include_usage
         self._choices = choices
         self._begun = False
+
+    async def __aenter__(self) -> Self:
+        await self._source.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        try:
+            await self._source.__aexit__(*error)
+        finally:
+            if self._outputs is not None:
+                self._source.record.outputs = self._outputs.texts
 
     def take(self) -> bytes:
         """Whole events for all that has come; b"" where there is nothing to show yet.

@@ -69,20 +69,30 @@ class ReplyForm:
 def refuse_unserved(request: ChatCompletionRequest) -> None:
     """400 for fields that would change the answer.  Raises ``UnsupportedParameter``."""
     extra = request.model_extra or {}
-    for name, harmless in REFUSED.items():
-        value = extra.get(name)
-        if value is not None and not harmless(value):
-            raise UnsupportedParameter(f"This server does not support '{name}'.", param=name)
+    if (name := _refused(extra, REFUSED)) is not None:
+        raise UnsupportedParameter(f"This server does not support '{name}'.", param=name)
     if extra.get("tools") is not None and extra.get("tool_choice") != "none":
         raise UnsupportedParameter("This server does not support 'tools'.", param="tools")
     for position, message in enumerate(request.messages):
-        for name, harmless in REFUSED_IN_MESSAGES.items():
-            value = (message.model_extra or {}).get(name)
-            if value is not None and not harmless(value):
-                raise UnsupportedParameter(
-                    f"This server does not support '{name}' in messages.",
-                    param=f"messages.[{position}].{name}",
-                )
+        if (name := _refused(message.model_extra or {}, REFUSED_IN_MESSAGES)) is not None:
+            raise UnsupportedParameter(
+                f"This server does not support '{name}' in messages.",
+                param=f"messages.[{position}].{name}",
+            )
+
+
+def _refused(given: Mapping[str, Any], table: Mapping[str, Harmless]) -> str | None:
+    """The first of ``table`` that was given with a value that is not harmless."""
+    if not given:
+        return None
+    return next(
+        (
+            name
+            for name, harmless in table.items()
+            if (value := given.get(name)) is not None and not harmless(value)
+        ),
+        None,
+    )
 
 
 def ignored_fields(request: ChatCompletionRequest, *, uses_condition: bool) -> list[str]:

@@ -79,7 +79,7 @@ class H11Connection:
         version = self._protocol.conn.their_http_version
         return version is not None and version >= b"1.1"
 
-    def on_resume(self, resumed: Callable[[], None]) -> None:
+    def on_resume(self, resumed: Callable[[], None] | None) -> None:
         self._protocol.resumed = resumed
 
     def on_lost(self, lost: Callable[[], None] | None) -> None:

@@ -54,6 +54,10 @@ class _Signal:
         """Nothing is kept: ``set`` is called whenever something has come to an empty collector."""
 
 
+def _nobody_listens() -> None:
+    pass
+
+
 class TextGeneration:
     """One choice without logprobs.
 
@@ -119,7 +123,11 @@ class TextGeneration:
         return Update((delta,), self._state.num_cached_tokens)
 
     def close(self) -> None:
-        del self._state.make_request_output  # or each would keep the other from being freed
+        """Let go of vLLM's objects and the reader, or each would keep the others from being
+        freed until the garbage collector comes."""
+        del self._state.make_request_output
+        self._ready = None
+        self._collector.ready = _Signal(_nobody_listens)
         self._collector.close()
 
 
@@ -153,6 +161,7 @@ class CollectedGeneration:
             ready()
 
     def close(self) -> None:
+        self._collector.ready = _Signal(_nobody_listens)
         self._collector.close()
 
     def take(self) -> Update | None:

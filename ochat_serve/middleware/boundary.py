@@ -7,7 +7,7 @@ record per API request to the log, whatever became of the request.
 import logging
 import re
 from collections.abc import Callable
-from uuid import uuid4
+from secrets import token_hex
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -77,7 +77,7 @@ class Boundary:
     def _new_record(self, scope: Scope) -> RequestRecord:
         given = header(scope, b"x-request-id")
         request_id = (
-            given.decode() if given and _CLIENT_ID.fullmatch(given) else f"req-{uuid4().hex}"
+            given.decode() if given and _CLIENT_ID.fullmatch(given) else f"req-{token_hex(16)}"
         )
         client = scope.get("client")
         return RequestRecord(

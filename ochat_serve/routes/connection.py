@@ -30,7 +30,7 @@ class Connection(Protocol):
         """Whether ``write`` may be used once the response has begun."""
         ...
 
-    def on_resume(self, resumed: Callable[[], None]) -> None:
+    def on_resume(self, resumed: Callable[[], None] | None) -> None:
         """Have ``resumed`` called when ``paused`` has become false again."""
         ...
 

@@ -167,7 +167,9 @@ class EventStream(Response):
                     last = error_event(error)
                 await self._send(send, last, more=False)
         finally:
-            self._writer = None
+            if self._writer is not None:
+                self._writer.on_resume(None)
+                self._writer = None
             self._streams.discard(self)
 
     async def _begin(self, send: Send, connection: Connection | None) -> bytes:

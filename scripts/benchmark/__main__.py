@@ -204,19 +204,38 @@ async def main() -> None:
 
 
 def write(out: Path, runs: Sequence[report.Run], limit: Any) -> None:
-    command = "scripts/bench " + " ".join(sys.argv[1:])
+    command = "scripts/bench " + " ".join(_without_out(sys.argv[1:]))
     base = runs[0]["server"]
     middle, against = report.medians(runs), report.ratios(runs, base)
     content = {"command": command.strip(), "machine": machine(), "runs": list(runs)}
     content |= {"medians": middle, "ratios": against, "async_llm": limit}
-    (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+    (out / "results.json").write_text(json.dumps(_rounded(content), indent=1) + "\n")
     table = report.markdown(middle, against)
+    if limit:
+        table += "\n\n" + report.limit_markdown(middle, limit)
     (out / "results.md").write_text(table + "\n")
     if against:
         from scripts.benchmark.plot import draw
 
         draw(against, base, out / "results.png")
     print(table)
+
+
+def _without_out(arguments: Sequence[str]) -> list[str]:
+    """Where the files went says nothing about what was measured."""
+    at = list(arguments).index("--out") if "--out" in arguments else len(arguments)
+    return [*arguments[:at], *arguments[at + 2 :]]
+
+
+def _rounded(value: Any) -> Any:
+    """Four digits: the rest is noise."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {name: _rounded(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(entry) for entry in value]
+    return value
 
 
 if __name__ == "__main__":

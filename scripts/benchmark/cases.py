@@ -42,7 +42,7 @@ def short(count: int, each: int) -> Case:
     """Requests of which the answer is two tokens: what a request costs beside its tokens."""
 
     def lanes(model: str) -> Lanes:
-        rng = random.Random(1)
+        rng = random.Random("short")
         return [
             [body([_user(words(rng, PROMPT_WORDS))], SHORT_TOKENS, model) for _ in range(each)]
             for _ in range(count)

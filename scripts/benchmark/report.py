@@ -152,5 +152,31 @@ def markdown(
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def limit_markdown(
+    middle: Mapping[str, Mapping[str, float]], limit: Sequence[Mapping[str, float]]
+) -> str:
+    """AsyncLLM without HTTP, and what of its throughput is left behind each server."""
+    servers = list(next(iter(middle.values())))
+    told = "AsyncLLM without HTTP: us per token"
+    head = ["streams", "tokens an update", told, "tokens/s", *(f"{s}: tokens/s" for s in servers)]
+    lines = [head, ["---:"] * len(head)]
+    for entry in limit:
+        rate = entry["tokens_per_s"]
+        found = middle.get(f"{entry['streams']:.0f} streams: tokens/s", {})
+        lines.append(
+            [
+                f"{entry['streams']:.0f}",
+                f"{entry['stream_interval']:.0f}",
+                _short(entry["front_us_per_token"]),
+                _short(rate),
+                *(
+                    f"{_short(found[s])} ({found[s] / rate:.2f})" if s in found else ""
+                    for s in servers
+                ),
+            ]
+        )
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
 def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
