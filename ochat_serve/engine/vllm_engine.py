@@ -7,6 +7,7 @@ import asyncio
 import gc
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from prometheus_client import generate_latest
@@ -78,6 +79,8 @@ class VllmEngine:
         freeze_gc_heap()
         # vLLM looks the class up there, for backends that bring their own.
         decoders.DecodeStream = decode_stream  # type: ignore[misc, assignment]
+        # vLLM asks for it at every request, and the tokenizer finds it out anew.
+        llm.renderer.get_eos_token_id = partial(_same, llm.renderer.get_eos_token_id())
         return cls(llm, token_bytes)
 
     @property
@@ -122,6 +125,10 @@ class VllmEngine:
     async def close(self) -> None:
         gc.unfreeze()  # or what was frozen would count as leaked when the process ends
         await asyncio.to_thread(self._llm.shutdown)
+
+
+def _same(value: int | None) -> int | None:
+    return value
 
 
 def _connected(args: AsyncEngineArgs, connection: Mapping[str, Any]) -> AsyncLLM:

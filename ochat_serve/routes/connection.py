@@ -6,8 +6,7 @@ instead.  Everything works without one, at a higher price.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Protocol
 
 from starlette.requests import ClientDisconnect
@@ -48,40 +47,41 @@ def connection_of(scope: Scope) -> Connection | None:
     return found
 
 
-@asynccontextmanager
-async def until_disconnect(scope: Scope, receive: Receive) -> AsyncGenerator[None, None]:
-    """Run the block for as long as the client stays; raise ``ClientDisconnect`` when it leaves.
+class until_disconnect:  # noqa: N801 - used like a function
+    """Run a block for as long as the client stays; raise ``ClientDisconnect`` when it leaves.
 
     The block is cancelled exactly once, so that what it awaits while cleaning up (telling the
     engine) is not cancelled too.
     """
-    task = asyncio.current_task()
-    assert task is not None
-    gone = False
 
-    def leave() -> None:
-        nonlocal gone
-        gone = True
-        task.cancel()
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        self._connection = connection_of(scope)
+        self._receive = receive
+        self._watcher: asyncio.Task[None] | None = None
+        self._gone = False
 
-    connection = connection_of(scope)
-    watcher = None if connection else asyncio.create_task(_watch(receive, leave))
-    if connection is not None:
-        connection.on_lost(leave)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if gone and task.uncancel() == 0:
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        if self._connection is not None:
+            self._connection.on_lost(self._leave)
+        else:
+            self._watcher = asyncio.create_task(self._watch())
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._connection is not None:
+            self._connection.on_lost(None)
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if kind is asyncio.CancelledError and self._gone and self._task.uncancel() == 0:
             raise ClientDisconnect from None
-        raise
-    finally:
-        if connection is not None:
-            connection.on_lost(None)
-        if watcher is not None:
-            watcher.cancel()
 
+    def _leave(self) -> None:
+        self._gone = True
+        self._task.cancel()
 
-async def _watch(receive: Receive, leave: Callable[[], None]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    leave()
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._leave()

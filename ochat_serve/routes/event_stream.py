@@ -184,11 +184,14 @@ class EventStream(Response):
             data = self._events.take()
             if self._events.finished:
                 return data
+            if data and connection is not None and connection.chunked:
+                await self._start(send)
+                connection.write(data)
+                self.last_sent = self._streams.clock()
+                self._writer = connection
+                return b""
             if data:
                 await self._send(send, data)
-                if connection is not None and connection.chunked:
-                    self._writer = connection
-                    return b""
 
     async def _written_by_loop(self) -> bytes:
         """The last events; all others are written by ``flush``."""
@@ -226,7 +229,7 @@ class EventStream(Response):
             self._writer.write(PING)
             self.last_sent = self._streams.clock()
 
-    async def _send(self, send: Send, data: bytes, *, more: bool = True) -> None:
+    async def _start(self, send: Send) -> None:
         if not self._started:
             self._started = True
             await send(
@@ -236,5 +239,8 @@ class EventStream(Response):
                     "headers": self.raw_headers,
                 }
             )
+
+    async def _send(self, send: Send, data: bytes, *, more: bool = True) -> None:
+        await self._start(send)
         await send({"type": "http.response.body", "body": data, "more_body": more})
         self.last_sent = self._streams.clock()

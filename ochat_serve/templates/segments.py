@@ -92,6 +92,8 @@ def join_system(conversation: Conversation) -> tuple[str, Conversation]:
 
     Surrounding white space goes, as in the reference; several are joined by an empty line.
     """
+    if not any(turn.role == "system" for turn in conversation.turns):
+        return "", conversation
     system = [turn.text.strip() for turn in conversation.turns if turn.role == "system"]
     others = tuple(turn for turn in conversation.turns if turn.role != "system")
     return "\n\n".join(filter(None, system)), Conversation(others, conversation.condition)
