@@ -54,7 +54,7 @@ def create_app(settings: Settings, serving: Serving, log: Log | None = None) -> 
         redirect_slashes=False,
         middleware=_middleware(settings, log),
     )
-    app.router.routes.append(chat.route(serving, streams, settings.max_body_bytes))
+    app.include_router(chat.router(serving, streams, settings.max_body_bytes))
     app.include_router(models.router(serving))
     app.include_router(ops.router(serving))
     app.add_exception_handler(ApiError, on_api_error)

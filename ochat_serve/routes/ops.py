@@ -8,20 +8,22 @@ from fastapi.responses import JSONResponse, Response
 from ochat_serve import __version__
 from ochat_serve.serving import LOADING_RETRY_S, Serving
 
-_PROBE = ["GET", "HEAD"]
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def router(serving: Serving) -> APIRouter:
     routes = APIRouter()
 
-    @routes.api_route("/livez", methods=_PROBE)
+    @routes.head("/livez", include_in_schema=False)
+    @routes.get("/livez")
     async def live() -> dict[str, str]:
         """The process answers."""
         return {"status": "alive"}
 
-    @routes.api_route("/readyz", methods=_PROBE)
-    @routes.api_route("/health", methods=_PROBE)
+    @routes.head("/health", include_in_schema=False)
+    @routes.head("/readyz", include_in_schema=False)
+    @routes.get("/health")
+    @routes.get("/readyz")
     async def ready() -> JSONResponse:
         """Whether chat requests are answered now."""
         is_ready, body = serving.status()

@@ -138,6 +138,12 @@ def test_metrics_are_the_engines_in_prometheus_format(server: LiveServer) -> Non
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
 
 
+def test_the_chat_route_is_described_like_the_others(server: LiveServer) -> None:
+    paths = httpx.get(server.url + "/openapi.json").json()["paths"]
+    assert "post" in paths["/v1/chat/completions"]
+    assert "get" in paths["/v1/models"]
+
+
 def test_while_loading_chat_and_readiness_say_so_and_liveness_is_fine() -> None:
     with live(create_app(Settings(), Serving(phase="loading the weights"))) as server:
         chat = httpx.post(server.url + CHAT, json={"messages": [{"role": "user", "content": "x"}]})
