@@ -11,6 +11,7 @@ import pytest
 
 from ochat_serve.app import create_app
 from ochat_serve.errors import ServerFault
+from ochat_serve.generation import EngineInfo
 from ochat_serve.settings import Settings
 from scripts.benchmark import cases, report
 from scripts.benchmark.load import drive, quantile
@@ -19,10 +20,11 @@ from tests.fakes import ScriptedEngine, serving, words
 from tests.live import live
 
 ROOT = Path(__file__).parent.parent
+ROOMY = EngineInfo(max_model_len=1_000, vocab_size=1_000, version="0")
 
 
 def test_the_client_counts_what_a_server_sends() -> None:
-    engine = ScriptedEngine(script=words("a", "", "b", "c"))
+    engine = ScriptedEngine(script=words("a", "", "b", "c"), info=ROOMY)
     lanes = cases.short(3, 2).lanes("openchat_3.6")
     with live(create_app(Settings(), serving(engine))) as server:
         seen = asyncio.run(drive(server.port, lanes, beside=lanes[:1]))
@@ -34,7 +36,7 @@ def test_the_client_counts_what_a_server_sends() -> None:
 
 
 def test_a_failing_request_fails_the_run() -> None:
-    engine = ScriptedEngine(script=[ServerFault()])
+    engine = ScriptedEngine(script=[ServerFault()], info=ROOMY)
     with (
         live(create_app(Settings(), serving(engine))) as server,
         pytest.raises(RuntimeError, match=r"1 requests failed: HTTP/1\.1 500"),
