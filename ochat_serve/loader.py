@@ -55,7 +55,7 @@ class Loader(threading.Thread):
         server: uvicorn.Server,
         *,
         log_content: bool,
-        share: "Share | None" = None,
+        share: Share | None = None,
     ) -> None:
         super().__init__(name="load", daemon=True)
         self.failure: StartupError | None = None

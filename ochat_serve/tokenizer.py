@@ -213,8 +213,8 @@ def _encode(backend: Backend, text: str) -> list[int]:
 
 def _split(backend: Backend) -> tuple[Backend, Backend, Backend, tuple[ControlToken, ...]]:
     """One that recognises control tokens, two that never do (for a text on its own, and for
-    one inside a prompt), and the control tokens.  The first is ``backend`` itself: every
-    copy of a large vocabulary takes a hundred megabytes."""
+    one inside a prompt), and the control tokens.  The first is ``backend`` itself: a
+    copy of Llama-3's vocabulary takes some 40 MB."""
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = False

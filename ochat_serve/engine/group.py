@@ -7,7 +7,7 @@ request goes from the front end that took it straight to the engine and back.
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -19,7 +19,7 @@ from vllm.v1.executor.abstract import Executor
 from vllm.v1.metrics.prometheus import setup_multiprocess_prometheus
 from vllm.v1.utils import APIServerProcessManager, wait_for_completion_or_failure
 
-from ochat_serve.engine.vllm_engine import START_ERRORS, first_sentence
+from ochat_serve.engine.errors import first_sentence, startup_errors
 from ochat_serve.errors import StartupError
 
 # In a front end: (what the parent handed over, where the engine is) -> its exit code
@@ -41,20 +41,13 @@ def run_group(
     """
     setup_multiprocess_prometheus()
     args._api_process_count, args._api_process_rank = count, PARENT_RANK
-    with _signals_raise():
-        try:
-            config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
-            listeners = bind_engine_zmq_listeners(config, count)
-            launch = launch_core_engines(
-                config, Executor.get_class(config), not args.disable_log_stats, listeners.addresses
-            )
-            _run(launch, listeners, count, (front_end, work), stop_timeout_s)
-        except Stopped:
-            return
-        except START_ERRORS as error:
-            raise StartupError(
-                f"vLLM cannot serve {args.model}: {first_sentence(error)}"
-            ) from error
+    with _signals_raise(), suppress(Stopped), startup_errors(args.model):
+        config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        listeners = bind_engine_zmq_listeners(config, count)
+        launch = launch_core_engines(
+            config, Executor.get_class(config), not args.disable_log_stats, listeners.addresses
+        )
+        _run(launch, listeners, count, (front_end, work), stop_timeout_s)
 
 
 def _run(

@@ -1,6 +1,6 @@
 """vLLM's AsyncLLM behind ``generation.Engine``.
 
-Token ids go in, deltas come out.  Errors of vLLM's are translated here and nowhere else.
+Token ids go in, deltas come out.
 """
 
 import asyncio
@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 from prometheus_client import generate_latest
-from pydantic import ValidationError
 from tokenizers import decoders
 from vllm import __version__ as vllm_version
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -26,23 +25,12 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from ochat_serve.detokenizing import decode_stream
-from ochat_serve.engine.errors import api_error
+from ochat_serve.engine.errors import api_error, startup_errors
 from ochat_serve.engine.generations import CollectedGeneration, TextGeneration
-from ochat_serve.errors import StartupError
 from ochat_serve.generation import EngineInfo, Generation, SamplingOptions
 
 # Seeds of one request with n > 1 are consecutive; vLLM takes -1 for "no seed".
 _SEED_RANGE = 2**62
-# What a bad configuration or model makes vLLM raise; anything else is a bug and shows itself.
-START_ERRORS = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    LookupError,
-    TypeError,
-    AssertionError,
-    ImportError,
-)
 
 
 class VllmEngine:
@@ -67,12 +55,8 @@ class VllmEngine:
     ) -> "VllmEngine":
         """Load the model, or share one that is loading (``group``) over ``connection``; blocks
         for as long as that takes.  Raises ``StartupError``."""
-        try:
+        with startup_errors(args.model):
             llm = _connected(args, connection) if connection else AsyncLLM.from_engine_args(args)
-        except START_ERRORS as error:
-            raise StartupError(
-                f"vLLM cannot serve {args.model}: {first_sentence(error)}"
-            ) from error
         # What vLLM's own engine process does when it is ready: variables are read from a cache
         # (one is read for every token), and the collector need not look at what stays anyway.
         enable_envs_cache()
@@ -171,12 +155,3 @@ def _sampling_params(options: SamplingOptions, n: int) -> SamplingParams:
         stream_interval=options.stream_interval,
         skip_clone=True,
     )
-
-
-def first_sentence(error: Exception) -> str:
-    """The cause in one line.  pydantic's errors say it on their third."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, ValidationError) and len(lines) > 2:
-        where, what = lines[1], lines[2].removeprefix("Value error, ").split(" [type=")[0]
-        return what if what[:1].isupper() and "Input" not in what else f"{where}: {what}"
-    return lines[0] if lines else type(error).__name__
