@@ -42,6 +42,11 @@ class ScriptedGeneration:
     _played: bool = False
     _ready: Callable[[], None] = lambda: None
 
+    @property
+    def waiting(self) -> int:
+        """How many updates have come and were not taken."""
+        return len(self._come)
+
     async def play(self, script: Sequence[Update | Exception | Wait]) -> None:
         for step in script:
             if isinstance(step, Wait):
@@ -84,6 +89,7 @@ class ScriptedEngine:
     failure: str | None = None
     running: int = 0
     requests: list[tuple[Sequence[int], SamplingOptions]] = field(default_factory=list)
+    generations: list[ScriptedGeneration] = field(default_factory=list)
     closed: bool = False
 
     @asynccontextmanager
@@ -93,6 +99,7 @@ class ScriptedEngine:
         self.requests.append((prompt_token_ids, options))
         self.running += 1
         generation = ScriptedGeneration()
+        self.generations.append(generation)
         player = asyncio.create_task(generation.play(self.script))
         try:
             yield generation

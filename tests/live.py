@@ -82,9 +82,13 @@ def eventually(condition: Callable[[], object], within_s: float = 5) -> bool:
 class RawClient:
     """One TCP connection that says exactly what it is told."""
 
-    def __init__(self, port: int) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=10)
-        self.received = b""
+    def __init__(self, port: int, receive_buffer: int | None = None) -> None:
+        self._socket = socket.socket()
+        if receive_buffer is not None:  # bytes; the kernel heeds it before connecting only
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self._socket.settimeout(10)
+        self._socket.connect(("127.0.0.1", port))
+        self.received = bytearray()
 
     def send(self, data: bytes) -> None:
         self._socket.sendall(data)
@@ -95,12 +99,15 @@ class RawClient:
         self.send("\r\n".join([*lines, "", ""]).encode() + body)
 
     def read_until(self, mark: bytes) -> bytes:
-        while mark not in self.received:
+        """All that came since ``received`` was last cleared; more may follow the mark."""
+        searched = 0
+        while self.received.find(mark, searched) < 0:
+            searched = max(0, len(self.received) - len(mark))
             data = self._socket.recv(65536)
             if not data:
                 raise ConnectionError(f"closed before {mark!r}: {self.received[-500:]!r}")
             self.received += data
-        return self.received
+        return bytes(self.received)
 
     def hang_up(self) -> None:
         self._socket.close()

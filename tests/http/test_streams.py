@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -47,7 +48,7 @@ def test_every_update_is_an_event_and_the_connection_lives_on(protocol: type) ->
     with asked(ScriptedEngine(script=words(*texts)), protocol) as (_, client):
         first = client.read_until(b"0\r\n\r\n")
         assert contents(first) == ["", *texts, ""]
-        client.received = b""
+        client.received.clear()
         client.post(CHAT, json.dumps(ASK).encode())
         assert contents(client.read_until(b"0\r\n\r\n")) == ["", *texts, ""]
 
@@ -116,17 +117,32 @@ def test_leaving_in_the_middle_frees_the_slot(protocol: type) -> None:
         assert eventually(lambda: engine.running == 0, within_s=2)
 
 
+def settled(value: Callable[[], int]) -> int:
+    """What ``value()`` is when it no longer changes."""
+    seen = [-1]
+
+    def stays() -> bool:
+        seen.append(value())
+        time.sleep(0.2)
+        return seen[-1] == seen[-2]
+
+    assert eventually(stays)
+    return seen[-1]
+
+
 def test_a_slow_reader_loses_nothing_and_holds_up_nobody() -> None:
     """What it does not read is not written, and waits in the engine."""
-    pieces = [f"{number:05d}" + "x" * 2_000 for number in range(4_000)]
+    pieces = [f"{number:05d}" + "x" * 8_000 for number in range(2_000)]
     engine = ScriptedEngine(script=words(*pieces))
-    with asked(engine, HttpProtocol) as (server, client):
-        assert eventually(lambda: engine.running == 1)
+    app = create_app(Settings(), serving(engine))
+    with live(app) as server, RawClient(server.port, receive_buffer=4_096) as client:
+        client.post(CHAT, json.dumps(ASK).encode())
+        assert eventually(lambda: engine.generations)
+        assert settled(lambda: engine.generations[0].waiting) > len(pieces) / 4
         with RawClient(server.port) as other:
             engine.script = words("quick")
             other.post(CHAT, json.dumps(ASK).encode())
             assert b"quick" in other.read_until(b"[DONE]")
-        assert eventually(lambda: engine.running == 1)
         assert contents(client.read_until(b"[DONE]"))[1:-1] == pieces
 
 
