@@ -86,15 +86,23 @@ def test_ratios_are_taken_within_a_round() -> None:
 
 
 def test_the_limit_is_shown_beside_the_servers() -> None:
-    middle = report.medians([run_of("a", 0, 60)])
-    middle["8 streams: tokens/s"] = {"a": 98.0}
-    limit = [
-        {"streams": 8, "stream_interval": n, "tokens_per_s": 100.0, "front_us_per_token": 20.0 / n}
-        for n in (1, 8)
+    """As shares within a round, as all ratios are."""
+    runs = [run_of("a", 0, 60), run_of("a", 1, 60), run_of("a", 2, 60)]
+    for run, rate in zip(runs, (98.0, 45.0, 190.0), strict=True):
+        run["cases"]["streams_32"] = {"tokens_per_s": rate}
+    limits = [
+        {"round": number, "streams": 32, "stream_interval": every, "tokens_per_s": rate}
+        | {"front_us_per_token": 20.0 / every}
+        for number, rate in enumerate((100.0, 50.0, 200.0))
+        for every in (1, 8)
     ]
-    table = report.limit_markdown(middle, limit)
-    assert "| 8 | 1 | 20 | 100 | 98 (0.98) |" in table
-    assert "| 8 | 8 | 2.5 | 100 | 98 (0.98) |" in table
+    table = report.limit_markdown(runs, limits)
+    assert "| 32 | 1 | 20 | 100 | 98 (0.95, 0.90-0.98) |" in table
+    assert "| 32 | 8 | 2.5 | 100 | 98 (0.95, 0.90-0.98) |" in table
+    beside = [{"beside": 4, "ttft_p50_ms": ms, "ttft_p99_ms": 10 * ms} for ms in (27.0, 28, 40)]
+    assert report.limit_markdown(runs, [*limits, *beside]) == table
+    told = report.limit_beside_markdown([*limits, *beside])
+    assert told == "- beside 4 long prompts: TTFT p50 28 ms, p99 280 ms"
 
 
 def test_the_best_rate_has_an_even_pace() -> None:

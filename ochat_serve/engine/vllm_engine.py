@@ -8,7 +8,7 @@ import gc
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from prometheus_client import generate_latest
 from tokenizers import decoders
@@ -17,6 +17,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.envs import enable_envs_cache
 from vllm.exceptions import VLLMError
 from vllm.inputs.engine import tokens_input
+from vllm.renderers import hf as hf_renderer
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.gc_utils import freeze_gc_heap
@@ -31,6 +32,7 @@ from ochat_serve.generation import EngineInfo, Generation, SamplingOptions
 
 # Seeds of one request with n > 1 are consecutive; vLLM takes -1 for "no seed".
 _SEED_RANGE = 2**62
+_Tokenizer = TypeVar("_Tokenizer")
 
 
 class VllmEngine:
@@ -55,6 +57,9 @@ class VllmEngine:
     ) -> "VllmEngine":
         """Load the model, or share one that is loading (``group``) over ``connection``; blocks
         for as long as that takes.  Raises ``StartupError``."""
+        # Its copies of the tokenizer (128,000 words: some 60 MiB each) are for prompts rendered by
+        # vLLM on worker threads; here its tokenizer is used on the event loop only.
+        hf_renderer.maybe_make_thread_pool = _no_copies
         with startup_errors(args.model):
             llm = _connected(args, connection) if connection else AsyncLLM.from_engine_args(args)
         # What vLLM's own engine process does when it is ready: variables are read from a cache
@@ -109,6 +114,10 @@ class VllmEngine:
     async def close(self) -> None:
         gc.unfreeze()  # or what was frozen would count as leaked when the process ends
         await asyncio.to_thread(self._llm.shutdown)
+
+
+def _no_copies(tokenizer: _Tokenizer, copies: int = 1) -> _Tokenizer:
+    return tokenizer
 
 
 def _same(value: int | None) -> int | None:

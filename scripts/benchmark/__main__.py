@@ -132,18 +132,24 @@ async def measure(
         }
 
 
-def direct(chosen: Sequence[cases.Case], flags: Sequence[str], environ: Mapping[str, str]) -> Any:
-    """AsyncLLM without HTTP, on the same streams."""
-    loads = [
-        f"{len(lanes)}x{json.loads(lanes[0][0])['max_tokens']}"
-        for case in chosen
-        if case.name.startswith("streams_") and (lanes := case.lanes(MODEL))
-    ]
+def direct(
+    chosen: Sequence[cases.Case], flags: Sequence[str], environ: Mapping[str, str]
+) -> list[dict[str, float]]:
+    """AsyncLLM without HTTP, on the same streams and beside the same long prompts."""
+    loads = []
+    for case in chosen:
+        lanes = case.lanes(MODEL)
+        if case.name.startswith("streams_"):
+            loads.append(f"{len(lanes)}x{json.loads(lanes[0][0])['max_tokens']}")
+        elif case.name.startswith("short_beside_"):
+            loads.append(f"beside{len(case.beside(MODEL))}")
     command = [sys.executable, "-m", "scripts.benchmark.direct", *loads, "--", *flags]
     done = subprocess.run(
         command, stdout=subprocess.PIPE, check=True, text=True, env={**os.environ, **environ}
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"streams"')]
+    lines = [
+        line for line in done.stdout.splitlines() if line.startswith(('{"streams"', '{"beside"'))
+    ]
     for line in lines:
         _tell(f"AsyncLLM without HTTP: {line}")
     return [json.loads(line) for line in lines]
@@ -194,25 +200,28 @@ async def main() -> None:
         if args.api_server_count > 1:
             served += ["--api-server-count", str(args.api_server_count)]
         runs: list[report.Run] = []
+        limits: list[dict[str, float]] = []
         for number in range(args.rounds):
             for contender in contenders:
                 output = args.out / f"{contender.name.replace(', ', '-').replace(' ', '-')}.log"
                 run = await measure(contender, chosen, served, environ, output)
                 runs.append({"round": number, **run})
-        limit = direct(chosen, flags, environ) if not args.smoke else []
-    write(args.out, runs, limit)
+            if not args.smoke:
+                limits += [{"round": number, **it} for it in direct(chosen, flags, environ)]
+    write(args.out, runs, limits)
 
 
-def write(out: Path, runs: Sequence[report.Run], limit: Any) -> None:
+def write(out: Path, runs: Sequence[report.Run], limits: Sequence[Mapping[str, float]]) -> None:
     command = "scripts/bench " + " ".join(_without_out(sys.argv[1:]))
     base = runs[0]["server"]
     middle, against = report.medians(runs), report.ratios(runs, base)
     content = {"command": command.strip(), "machine": machine(), "runs": list(runs)}
-    content |= {"medians": middle, "ratios": against, "async_llm": limit}
+    content |= {"medians": middle, "ratios": against, "async_llm": list(limits)}
     (out / "results.json").write_text(json.dumps(_rounded(content), indent=1) + "\n")
     table = report.markdown(middle, against)
-    if limit:
-        table += "\n\n" + report.limit_markdown(middle, limit)
+    if limits:
+        told = report.limit_markdown(runs, limits), report.limit_beside_markdown(limits)
+        table = "\n\n".join([table, *filter(None, told)])
     (out / "results.md").write_text(table + "\n")
     if against:
         from scripts.benchmark.plot import draw

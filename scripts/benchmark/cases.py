@@ -115,5 +115,5 @@ FULL = (
 # Does it run at all?  For the tests.
 SMOKE = (streams(2, 8), short(2, 2), growing(1))
 # The demo model on a laptop's CPU is slow: a few streams tell what HTTP adds to AsyncLLM.
-REAL = (streams(1, 64), streams(8, 64))
+REAL = (streams(1, 128), streams(8, 256))
 GPU = (streams(1, 256), streams(32, 256, rounds=2), streams(256, 256, rounds=2), short(32, 30))

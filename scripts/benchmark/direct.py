@@ -1,7 +1,8 @@
 """AsyncLLM without HTTP: the limit that no front end can beat.
 
-Run as a process of its own; prints one JSON object a case.  Arguments: the number of streams and
-of tokens of each case as ``STREAMSxTOKENS``, then ``--`` and vLLM's engine flags.
+Run as a process of its own; prints one JSON object a case.  Arguments: the cases (the number of
+streams and of tokens as ``STREAMSxTOKENS``; ``besideN`` for short requests beside N long ones),
+then ``--`` and vLLM's engine flags.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ import time
 
 import uvloop
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.inputs.engine import tokens_input
+from vllm.inputs.engine import TokensInput, tokens_input
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -21,11 +22,18 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from scripts.benchmark.load import quantile
 
 PROMPT_TOKENS = 110
+SHORT_PROMPT_TOKENS = 30
+LONG_PROMPT_TOKENS = 100_000
+SHORT_REQUESTS = 20
+
+
+def _prompt(name: str, tokens: int) -> TokensInput:
+    rng = random.Random(name)
+    return tokens_input([rng.randrange(1_000, 10_000) for _ in range(tokens)])
 
 
 async def _stream(llm: AsyncLLM, name: str, tokens: int, interval: int, gaps: list[float]) -> int:
-    rng = random.Random(name)
-    prompt = tokens_input([rng.randrange(1_000, 10_000) for _ in range(PROMPT_TOKENS)])
+    prompt = _prompt(name, PROMPT_TOKENS)
     params = SamplingParams(
         max_tokens=tokens,
         ignore_eos=True,
@@ -60,11 +68,41 @@ async def _measure(llm: AsyncLLM, streams: int, tokens: int, interval: int) -> d
     }
 
 
+async def _first_token_s(llm: AsyncLLM, name: str, prompt: TokensInput) -> float:
+    params = SamplingParams(
+        max_tokens=2, ignore_eos=True, output_kind=RequestOutputKind.DELTA, skip_clone=True
+    )
+    started, first = time.perf_counter(), 0.0
+    async for _ in llm.generate(prompt, params, name):
+        first = first or time.perf_counter() - started
+    return first
+
+
+async def _measure_beside(llm: AsyncLLM, count: int) -> dict[str, float]:
+    """One short request at a time, beside ``count`` long prompts that come at once."""
+    prompts = [_prompt(f"long-{n}", LONG_PROMPT_TOKENS) for n in range(count)]
+    beside = [
+        asyncio.create_task(_first_token_s(llm, f"long-{count}-{n}", prompt))
+        for n, prompt in enumerate(prompts)
+    ]
+    first = [
+        await _first_token_s(llm, name, _prompt(name, SHORT_PROMPT_TOKENS))
+        for name in (f"short-{count}-{n}" for n in range(SHORT_REQUESTS))
+    ]
+    await asyncio.gather(*beside)
+    told = {f"ttft_p{share:.0f}_ms": 1e3 * quantile(first, share / 100) for share in (50, 99)}
+    return {"beside": count, **told}
+
+
 async def main(cases: list[str], flags: list[str]) -> None:
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
     llm = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(parser.parse_args(flags)))
     await _measure(llm, 4, 16, 1)
     for case in cases:
+        if case.startswith("beside"):
+            found = await _measure_beside(llm, int(case.removeprefix("beside")))
+            print(json.dumps(found), flush=True)
+            continue
         streams, tokens = map(int, case.split("x"))
         for interval in (1, 8):
             print(json.dumps(await _measure(llm, streams, tokens, interval)), flush=True)

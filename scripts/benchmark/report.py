@@ -152,30 +152,60 @@ def markdown(
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def limit_markdown(
-    middle: Mapping[str, Mapping[str, float]], limit: Sequence[Mapping[str, float]]
-) -> str:
-    """AsyncLLM without HTTP, and what of its throughput is left behind each server."""
-    servers = list(next(iter(middle.values())))
+def limit_markdown(runs: Sequence[Run], limits: Sequence[Mapping[str, float]]) -> str:
+    """AsyncLLM without HTTP, and what of its throughput in the same round each server keeps.
+    "" if not measured.
+
+    ``limits``: one entry a round, number of streams and tokens an update.
+    """
+    servers = list(dict.fromkeys(run["server"] for run in runs))
+    limits = [entry for entry in limits if "streams" in entry]
+    if not limits:
+        return ""
+    kinds = list(dict.fromkeys((entry["streams"], entry["stream_interval"]) for entry in limits))
     told = "AsyncLLM without HTTP: us per token"
     head = ["streams", "tokens an update", told, "tokens/s", *(f"{s}: tokens/s" for s in servers)]
     lines = [head, ["---:"] * len(head)]
-    for entry in limit:
-        rate = entry["tokens_per_s"]
-        found = middle.get(f"{entry['streams']:.0f} streams: tokens/s", {})
+    for streams, interval in kinds:
+        entries = [e for e in limits if (e["streams"], e["stream_interval"]) == (streams, interval)]
+        rate = {entry["round"]: entry["tokens_per_s"] for entry in entries}
         lines.append(
             [
-                f"{entry['streams']:.0f}",
-                f"{entry['stream_interval']:.0f}",
-                _short(entry["front_us_per_token"]),
-                _short(rate),
-                *(
-                    f"{_short(found[s])} ({found[s] / rate:.2f})" if s in found else ""
-                    for s in servers
-                ),
+                f"{streams:.0f}",
+                f"{interval:.0f}",
+                _short(statistics.median(entry["front_us_per_token"] for entry in entries)),
+                _short(statistics.median(rate.values())),
+                *(_kept(runs, server, f"streams_{streams:.0f}", rate) for server in servers),
             ]
         )
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def limit_beside_markdown(limits: Sequence[Mapping[str, float]]) -> str:
+    """A short request's first token without HTTP, beside long prompts.  "" if not measured."""
+    lines = []
+    for count in dict.fromkeys(entry["beside"] for entry in limits if "beside" in entry):
+        entries = [entry for entry in limits if entry.get("beside") == count]
+        told = (
+            f"p{share} {_short(statistics.median(e[f'ttft_p{share}_ms'] for e in entries))} ms"
+            for share in (50, 99)
+        )
+        lines.append(f"- beside {count:.0f} long prompts: TTFT {', '.join(told)}")
+    return "\n".join(lines)
+
+
+def _kept(runs: Sequence[Run], server: str, case: str, limit: Mapping[float, float]) -> str:
+    """A server's median rate, and its share of the limit's (with the lowest and the highest)."""
+    rates = {
+        run["round"]: run["cases"][case]["tokens_per_s"]
+        for run in runs
+        if run["server"] == server and case in run["cases"]
+    }
+    shares = [rate / limit[number] for number, rate in rates.items() if number in limit]
+    if not shares:
+        return ""
+    spread = f"{statistics.median(shares):.2f}, {min(shares):.2f}-{max(shares):.2f}"
+    return f"{_short(statistics.median(rates.values()))} ({spread})"
 
 
 def _short(value: float) -> str:

@@ -7,6 +7,7 @@ import math
 
 import httpx
 import pytest
+from vllm.tokenizers.hf import ThreadSafeHFTokenizerMixin
 
 from tests.live import RawClient, eventually
 from tests.real_model.conftest import Demo
@@ -316,3 +317,8 @@ def test_many_at_once(demo: Demo) -> None:
         return [text(answer.json()) for answer in answers]
 
     assert set(asyncio.run(all_at_once())) == {"The capital of France is Paris."}
+
+
+def test_vllm_keeps_one_tokenizer(demo: Demo) -> None:
+    """Its pool of copies, which nobody here would use, is a tenth of the front end's memory."""
+    assert not isinstance(demo.engine._llm.get_tokenizer(), ThreadSafeHFTokenizerMixin)
