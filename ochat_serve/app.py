@@ -1,45 +1,65 @@
 """The HTTP application: routes and middleware, wired in one visible place."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
-from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
+from pydantic import SecretStr
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from ochat_serve import __version__
+from ochat_serve.caller import Caller, Key, Role
 from ochat_serve.errors import ApiError, InvalidRequest, MethodNotAllowed, NotFound
-from ochat_serve.keys import ApiKeys
-from ochat_serve.middleware.auth import Auth
+from ochat_serve.failed_attempts import FailedAttempts
+from ochat_serve.key_file import KeyFile, watch
+from ochat_serve.key_ring import KeyRing
+from ochat_serve.middleware.auth import Auth, Gate
 from ochat_serve.middleware.boundary import Boundary
+from ochat_serve.middleware.cors import Cors
+from ochat_serve.middleware.host import ANY, HostCheck
 from ochat_serve.request_log import Log
 from ochat_serve.routes import chat, models, ops
 from ochat_serve.routes.event_stream import OpenStreams
 from ochat_serve.routes.replies import on_api_error
 from ochat_serve.serving import Serving
-from ochat_serve.settings import Settings
+from ochat_serve.settings import Settings, is_loopback
+
+logger = logging.getLogger(__name__)
+# What a page in a browser may read of an answer.
+EXPOSED_HEADERS = ("x-request-id", "x-ochat-ignored", "x-ochat-max-tokens", "retry-after")
 
 
-def create_app(settings: Settings, serving: Serving, log: Log | None = None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    serving: Serving,
+    log: Log | None = None,
+    key_file: KeyFile | None = None,
+) -> FastAPI:
     """The app around ``serving``, which may become ready later.
 
-    Its shutdown closes the engine and the log.
+    Its shutdown closes the engine and the log.  Raises ``KeyFileError``.
     """
+    keys = KeyRing(_fixed_keys(settings), time.time)
+    if key_file is not None:
+        keys.replace(key_file.read().for_ring())
     streams = OpenStreams(settings.ping_interval_s, time.monotonic, merges=settings.merges_streams)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        keep_alive = asyncio.create_task(streams.keep_alive())
+        background = [asyncio.create_task(streams.keep_alive())]
+        if key_file is not None:
+            background.append(asyncio.create_task(watch(key_file, keys.replace, logger.error)))
         try:
             yield
         finally:
-            keep_alive.cancel()
-            with suppress(asyncio.CancelledError):
-                await keep_alive
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
             if serving.chat is not None:
                 await serving.chat.served.engine.close()
             if log is not None:
@@ -52,7 +72,7 @@ def create_app(settings: Settings, serving: Serving, log: Log | None = None) -> 
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        middleware=_middleware(settings, log),
+        middleware=_middleware(settings, log, keys),
     )
     app.include_router(chat.router(serving, streams, settings.max_body_bytes))
     app.include_router(models.router(serving))
@@ -62,21 +82,43 @@ def create_app(settings: Settings, serving: Serving, log: Log | None = None) -> 
     return app
 
 
-def _middleware(settings: Settings, log: Log | None) -> list[Middleware]:
+def _fixed_keys(settings: Settings) -> list[Key]:
+    """The keys that were given at start."""
+    kinds: tuple[tuple[str, Role, tuple[SecretStr, ...]], ...] = (
+        ("key", "user", settings.api_keys),
+        ("admin", "admin", settings.admin_keys),
+    )
+    return [
+        Key.of(secret.get_secret_value(), Caller(f"{kind}-{number}", role))
+        for kind, role, secrets in kinds
+        for number, secret in enumerate(secrets, 1)
+    ]
+
+
+def _anonymous(settings: Settings) -> Caller | None:
+    """Everybody, where no keys are set: on this machine, its owner; from elsewhere, a user."""
+    if settings.has_keys:
+        return None
+    return Caller(None, "admin" if is_loopback(settings.host) else "user")
+
+
+def _middleware(settings: Settings, log: Log | None, keys: KeyRing) -> list[Middleware]:
     """From the outside in."""
-    keys = ApiKeys(key.get_secret_value() for key in settings.api_keys)
     cors = Middleware(
-        CORSMiddleware,
+        Cors,
         allow_origins=settings.allowed_origins,
         allow_methods=settings.allowed_methods,
         allow_headers=settings.allowed_headers,
         allow_credentials=settings.allow_credentials,
-        expose_headers=("x-request-id", "x-ochat-ignored", "x-ochat-max-tokens", "retry-after"),
+        expose_headers=EXPOSED_HEADERS,
     )
+    checks_host = is_loopback(settings.host) and ANY not in settings.allowed_hosts
+    gate = Gate(keys, FailedAttempts(time.monotonic), _anonymous(settings))
     return [
         *([cors] if settings.allowed_origins else []),
         Middleware(Boundary, write=log.write if log else None, clock=time.monotonic, now=time.time),
-        Middleware(Auth, keys=keys),
+        *([Middleware(HostCheck, allowed=settings.allowed_hosts)] if checks_host else []),
+        Middleware(Auth, gate=gate),
     ]
 
 

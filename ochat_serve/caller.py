@@ -1,7 +1,8 @@
 """Who sends a request, and what they may: the words that keys, limits, usage and log share."""
 
+import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 Role = Literal["user", "admin"]
 LogContent = Literal["none", "truncated", "full"]
@@ -40,3 +41,22 @@ class Caller:
     @property
     def is_admin(self) -> bool:
         return self.role == "admin"
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One secret of a caller; only its digest is kept.  ``expires`` is Unix time."""
+
+    digest: bytes
+    caller: Caller
+    expires: float | None = None
+
+    @classmethod
+    def of(cls, secret: str, caller: Caller) -> Self:
+        """``secret`` as it was typed: Python reads bytes that are no UTF-8 as lone surrogates."""
+        return cls(digest_of(secret.encode("utf-8", "surrogateescape")), caller)
+
+
+def digest_of(secret: bytes) -> bytes:
+    """SHA-256.  Secrets are long and random, so a slow hash would protect nothing more."""
+    return hashlib.sha256(secret).digest()

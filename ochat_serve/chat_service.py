@@ -11,6 +11,7 @@ from functools import partial
 
 import shortuuid
 
+from ochat_serve.caller import Caller
 from ochat_serve.chat import Chat
 from ochat_serve.chat_request import (
     Limits,
@@ -22,7 +23,7 @@ from ochat_serve.chat_request import (
     reply_form,
     sampling_options,
 )
-from ochat_serve.errors import InvalidRequest, ModelNotFound
+from ochat_serve.errors import InvalidRequest, ModelNotFound, PermissionDenied
 from ochat_serve.generation import SamplingOptions, ServedModel, Usage
 from ochat_serve.protocol.chat import ChatCompletionRequest
 from ochat_serve.request_log import RequestRecord
@@ -67,12 +68,14 @@ class ChatService:
             stream_interval=settings.stream_interval,
         )
 
-    async def prepare(self, request: ChatCompletionRequest, record: RequestRecord) -> Chat:
+    async def prepare(
+        self, request: ChatCompletionRequest, record: RequestRecord, caller: Caller
+    ) -> Chat:
         """Check everything, render the prompt.  Raises ``ApiError``; starts no work."""
         arrived = self._clock()
         record.user = request.user or request.safety_identifier
         record.metadata = request.metadata
-        record.model = self._model_name(request.model)
+        record.model = self._model_name(request.model, caller)
         if self._log_content:
             record.request = json.loads(request.model_dump_json(exclude_unset=True))
         refuse_unserved(request)
@@ -111,13 +114,18 @@ class ChatService:
         chat.headers |= _notes(ignored, request, options)
         return chat
 
-    def _model_name(self, model: str | None) -> str:
-        """The name to answer with.  Raises ``ModelNotFound`` for a model not served here."""
+    def _model_name(self, model: str | None, caller: Caller) -> str:
+        """The name to answer with.  Raises ``ModelNotFound`` for a model not served here, and
+        ``PermissionDenied`` for one that this key may not use."""
         names = self.served.names
-        if not model:
-            return names[0]
-        if model in names:
-            return model
+        if not model or model in names:
+            if not self.served.is_open_to(caller.models):
+                raise PermissionDenied(
+                    f"This API key may not use the model `{model or names[0]}`.",
+                    param="model",
+                    code="model_not_allowed",
+                )
+            return model or names[0]
         raise ModelNotFound(
             f"The model `{model[:100]}` does not exist. This server has: "
             f"{', '.join(f'`{name}`' for name in names)}.",

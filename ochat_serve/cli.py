@@ -26,21 +26,25 @@ from ochat_serve.settings import Settings
 # As vLLM's own server spells it: a key must not end up in vLLM's complaint of unknown flags.
 _OTHER_SPELLINGS = {"api_keys": ("--api-key",)}
 PROG = "python -m ochat_serve.openai_api_server"
-API_KEYS_VARIABLE = "OCHAT_API_KEYS"
+# Secrets: where else they are read from.  A command line can be seen by every user of a machine.
+SECRETS = {"api_keys": "OCHAT_API_KEYS", "admin_keys": "OCHAT_ADMIN_KEYS"}
 _EPILOG = """Every vLLM engine flag works too and is passed through unchanged
 (--tensor-parallel-size N, --max-model-len N, --dtype ...): --help=all lists them."""
 _OLD_SWITCHES = ("disable_log_requests", "engine_use_ray", "worker_use_ray")
+KEY_FILE_VARIABLE = "OCHAT_KEY_FILE"
 _JSON_LISTS = ("allowed_origins", "allowed_methods", "allowed_headers")
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What the user asked for.  ``notices`` are sentences to print before the start."""
+    """What the user asked for.  ``notices`` are sentences to print before the start; ``title``
+    is what the process should be called where its command line holds secrets."""
 
     settings: Settings
     engine_flags: tuple[str, ...] = ()
     revision: str | None = None
     notices: tuple[str, ...] = ()
+    title: str | None = None
     help_all: bool = False
 
 
@@ -86,18 +90,39 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
         flags.print_help()
         return Command(Settings(), help_all=True)
     known, engine_flags = flags.parse_known_args(arguments)
+    typed = [key for name in SECRETS for key in getattr(known, name) or ()]
     if known.config is not None:
         known, engine_flags = flags.parse_known_args([*config_flags(known.config), *arguments])
     given = {name: value for name, value in vars(known).items() if value is not None}
-    given["api_keys"] = given.get("api_keys") or _keys_from(environ)
+    given = _from(environ) | {
+        name: value for name, value in given.items() if value or name not in SECRETS
+    }
     fields = {name: value for name, value in given.items() if name in Settings.model_fields}
     engine_flags, notices = _translate_old(known, engine_flags)
+    if typed:
+        notices.append(
+            "keys on the command line can be read by every user of this machine until they are "
+            "hidden: OCHAT_API_KEYS or --key-file keep them to yourself."
+        )
     return Command(
         settings=_settings(fields),
         engine_flags=tuple(engine_flags),
         revision=known.revision,
         notices=tuple(notices),
+        title=_without(typed, argv) if typed else None,
     )
+
+
+def _without(secrets: Sequence[str], argv: Sequence[str]) -> str:
+    """The command line as others may see it."""
+    hidden = dict.fromkeys(secrets, "***")
+    words = [
+        flag.partition("=")[0] + "=***"
+        if flag.partition("=")[2] in hidden
+        else hidden.get(flag, flag)
+        for flag in argv
+    ]
+    return " ".join((PROG, *words))
 
 
 def config_flags(path: str) -> list[str]:
@@ -166,8 +191,13 @@ def _with_dashes(argument: str) -> str:
     return match[0].replace("_", "-") + argument[match.end() :] if match else argument
 
 
-def _keys_from(environ: Mapping[str, str]) -> list[str]:
-    return re.findall(r"[^\s,]+", environ.get(API_KEYS_VARIABLE, ""))
+def _from(environ: Mapping[str, str]) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        name: re.findall(r"[^\s,]+", environ.get(variable, ""))
+        for name, variable in SECRETS.items()
+    }
+    found["key_file"] = environ.get(KEY_FILE_VARIABLE)
+    return {name: value for name, value in found.items() if value}
 
 
 def _settings(fields: Mapping[str, Any]) -> Settings:
@@ -179,7 +209,7 @@ def _settings(fields: Mapping[str, Any]) -> Settings:
         if not first["loc"]:
             raise StartupError(f"{message}.") from error
         name = str(first["loc"][0])
-        value = "" if name == "api_keys" else f" {shlex.quote(str(first['input']))}"
+        value = "" if name in SECRETS else f" {shlex.quote(str(first['input']))}"
         raise StartupError(f"{_flag(name)}{value}: {message}.") from error
 
 

@@ -87,6 +87,40 @@ class InvalidApiKey(ApiError):
         super().__init__(message, headers={"www-authenticate": "Bearer"})
 
 
+class PermissionDenied(ApiError):
+    """403: the key is known and may not do this."""
+
+    status = 403
+    type = "invalid_request_error"
+    default_code = "insufficient_permissions"
+
+
+class RateLimited(ApiError):
+    """429: this key, or address, has used its share for now.  ``code`` says which limit."""
+
+    status = 429
+    default_code = "rate_limit_exceeded"
+
+
+class RequestsLimited(RateLimited):
+    """429: too many requests."""
+
+    type = "requests"
+
+
+class TokensLimited(RateLimited):
+    """429: too many tokens."""
+
+    type = "tokens"
+
+
+class QuotaExceeded(RateLimited):
+    """429: nothing is left of a day's or month's tokens."""
+
+    type = "insufficient_quota"
+    default_code = "insufficient_quota"
+
+
 class NotFound(ApiError):
     """404: no such route."""
 

@@ -15,7 +15,14 @@ from ochat_serve import cli
 from ochat_serve.errors import StartupError
 from ochat_serve.loader import PHASES, Share, prepare_engine, say
 from ochat_serve.request_log import RequestLog, RequestRecord
-from ochat_serve.server import SHUTDOWN_TIMEOUT_S, bind_for_each, open_log, prepare, serve
+from ochat_serve.server import (
+    SHUTDOWN_TIMEOUT_S,
+    bind_for_each,
+    open_key_file,
+    open_log,
+    prepare,
+    serve,
+)
 
 # A front end closes its streams before it ends; the engine goes after the last one.
 STOP_TIMEOUT_S = SHUTDOWN_TIMEOUT_S + 15
@@ -47,6 +54,7 @@ def run(command: cli.Command) -> int:
     prepare(command)
     settings = command.settings
     count = settings.api_server_count
+    open_key_file(settings)
     sockets = bind_for_each(settings.host, settings.port, count)
     log = open_log(settings)
     lines = multiprocessing.get_context("spawn").Queue() if log is not None else None

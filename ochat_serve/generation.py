@@ -196,3 +196,7 @@ class ServedModel:
     created: int
     owned_by: str
     system_fingerprint: str = field(default="")
+
+    def is_open_to(self, models: Sequence[str]) -> bool:
+        """Whether a key that may use ``models`` (all, if there are none) may use this one."""
+        return not models or any(name in models for name in self.names)

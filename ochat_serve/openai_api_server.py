@@ -4,6 +4,7 @@ vLLM's engine processes import this module again when they start, so at module l
 imports next to nothing.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         command = cli.parse(sys.argv[1:] if argv is None else argv)
+        for variable in cli.SECRETS.values():
+            os.environ.pop(variable, None)  # not for the engine's processes
         if command.settings.api_server_count > 1:
             from ochat_serve import front_ends
 

@@ -12,12 +12,14 @@ import signal
 import socket
 from collections.abc import Iterator
 
+import setproctitle
 import uvicorn
 
 from ochat_serve import cli
 from ochat_serve.app import create_app
 from ochat_serve.errors import StartupError
 from ochat_serve.http_protocol import HttpProtocol
+from ochat_serve.key_file import KeyFile, KeyFileError
 from ochat_serve.loader import Loader, Share, say
 from ochat_serve.request_log import Log, RequestLog
 from ochat_serve.serving import Serving
@@ -45,6 +47,7 @@ def run(command: cli.Command) -> int:
         return _print_engine_help()
     prepare(command)
     settings = command.settings
+    open_key_file(settings)  # a bad one is told before the port is taken
     sockets = bind(settings.host, settings.port)
     log = open_log(settings)
     host, port = sockets[0].getsockname()[:2]
@@ -62,7 +65,7 @@ def serve(
     serving = Serving()
     server = _Server(
         uvicorn.Config(
-            create_app(command.settings, serving, log),
+            create_app(command.settings, serving, log, open_key_file(command.settings)),
             loop="uvloop",
             http=HttpProtocol,
             access_log=False,
@@ -90,6 +93,8 @@ def serve(
 
 def prepare(command: cli.Command) -> None:
     """What comes before the port is bound."""
+    if command.title is not None:
+        setproctitle.setproctitle(command.title)
     for notice in command.notices:
         say(notice)
     _allow_many_connections()
@@ -167,6 +172,18 @@ def _bind_problem(host: str, port: int, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return f"Port {port} of {host} is in use. Stop the other server or choose another --port."
     return f"{host}:{port} cannot be bound: {error.strerror}."
+
+
+def open_key_file(settings: Settings) -> KeyFile | None:
+    """The key file, after one reading.  Raises ``StartupError``."""
+    if settings.key_file is None:
+        return None
+    file = KeyFile(settings.key_file)
+    try:
+        file.read()
+    except KeyFileError as error:
+        raise StartupError(str(error)) from error
+    return file
 
 
 def open_log(settings: Settings) -> RequestLog | None:

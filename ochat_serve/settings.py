@@ -99,8 +99,24 @@ class Settings(BaseModel):
         description="Keys that clients must send. Better given in the environment variable "
         "OCHAT_API_KEYS, separated by commas or spaces. None: no check.",
     )
+    admin_keys: tuple[SecretStr, ...] = Field(
+        (),
+        description="Keys that may also read metrics and everybody's usage. Better given in the "
+        "environment variable OCHAT_ADMIN_KEYS.",
+    )
+    key_file: str | None = Field(
+        None,
+        min_length=1,
+        description="File of named keys with roles and limits, made by python -m ochat_serve.keys. "
+        "It is followed: changes are in force within two seconds.",
+    )
     insecure_no_auth: bool = Field(
         False, description="Allow binding a public address without any API key."
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        (),
+        description="Host names, beside this machine's own, that requests may be addressed to "
+        "while --host is a loopback address (a gateway may pass on its own). '*' allows all.",
     )
     allow_credentials: bool = Field(False, description="CORS: allow credentials.")
     allowed_origins: tuple[str, ...] = Field(
@@ -121,14 +137,20 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> "Settings":
-        if not (self.api_keys or self.insecure_no_auth or is_loopback(self.host)):
+        if not (self.has_keys or self.insecure_no_auth or is_loopback(self.host)):
             raise ValueError(
                 f"--host {self.host} can be reached from other machines but no API key is set. "
-                "Set OCHAT_API_KEYS, or pass --insecure-no-auth if that is what you want"
+                "Set OCHAT_API_KEYS or --key-file, or pass --insecure-no-auth if that is what "
+                "you want"
             )
         if self.allow_credentials and "*" in self.allowed_origins:
             raise ValueError('--allow-credentials needs named --allowed-origins, not "*"')
         return self
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether requests need a key."""
+        return bool(self.api_keys or self.admin_keys or self.key_file)
 
     @property
     def stream_interval(self) -> int:

@@ -18,11 +18,20 @@ ROOT = Path(__file__).parents[1]
 # A package stands for all of its modules.
 LAYERS = (
     ("__init__", "protocol", "generation", "caller", "settings", "errors"),
-    ("templates", "streaming", "keys", "remembered", "detokenizing", "request_log"),
+    (
+        "templates",
+        "streaming",
+        "key_file",
+        "key_ring",
+        "failed_attempts",
+        "remembered",
+        "detokenizing",
+        "request_log",
+    ),
     ("engine", "tokenizer", "demo_model", "model_source"),
     ("chat_request", "chat", "chat_service", "serving"),
     ("app", "routes", "middleware"),
-    ("openai_api_server", "server", "front_ends", "loader", "http_protocol", "cli"),
+    ("openai_api_server", "keys", "server", "front_ends", "loader", "http_protocol", "cli"),
 )
 LAYER_OF = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 L0, L1, L2, L3, L4, L5 = range(6)
@@ -51,7 +60,7 @@ ONLY_IN = {
     "vllm": {"engine"},
     "transformers": {"tokenizer", "demo_model"},
     "torch": {"demo_model"},
-    "argparse": {"cli"},
+    "argparse": {"cli", "keys"},
     "uvicorn": {"server", "loader", "http_protocol"},
 }
 MAY_READ_ENVIRONMENT = {L2, L5}
@@ -172,13 +181,17 @@ def test_every_name_in_the_table_is_a_module():
         ("errors", "from ochat_serve.generation import Usage", "imports generation"),
         ("protocol.chat", "from ochat_serve import errors", "imports errors"),
         ("settings", "import time", "imports time"),
-        ("keys", "def check():\n    from ochat_serve.streaming import DONE", "imports streaming"),
+        (
+            "key_ring",
+            "def check():\n    from ochat_serve.streaming import DONE",
+            "imports streaming",
+        ),
         ("streaming", "import ochat_serve.templates.turns", "imports templates"),
-        ("templates.hf", "from ..keys import ApiKeys", "imports keys"),
+        ("templates.hf", "from ..key_ring import KeyRing", "imports key_ring"),
         ("request_log", "from ochat_serve import engine", "imports engine"),
         ("request_log", "from datetime import datetime", "imports datetime"),
-        ("keys", "import os\nKEY = os.environ['KEY']", "reads the environment"),
-        ("keys", "from os import getenv", "reads the environment"),
+        ("key_ring", "import os\nKEY = os.environ['KEY']", "reads the environment"),
+        ("key_ring", "from os import getenv", "reads the environment"),
         ("tokenizer", "from ochat_serve.engine import VllmEngine", "imports engine"),
         ("tokenizer", "from ochat_serve.chat_service import Chat", "imports chat_service"),
         ("engine", "import ray", "imports ray"),

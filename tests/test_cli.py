@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ochat_serve.cli import Command, parse, parser
+from ochat_serve.cli import SECRETS, Command, parse, parser
 from ochat_serve.errors import StartupError
 from ochat_serve.settings import Settings
 
@@ -22,8 +22,8 @@ def command(line: str, environ: Mapping[str, str] | None = None) -> Command:
     return parse(line.split(), environ or {})
 
 
-def keys(told: Command) -> list[str]:
-    return [key.get_secret_value() for key in told.settings.api_keys]
+def keys(told: Command, name: str = "api_keys") -> list[str]:
+    return [key.get_secret_value() for key in getattr(told.settings, name)]
 
 
 def refusal(argv: list[str], environ: Mapping[str, str] | None = None) -> str:
@@ -54,7 +54,10 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "port": (["0"], 0),
     "api_server_count": (["2"], 2),
     "api_keys": (["a", "b"], ("a", "b")),
+    "admin_keys": (["a"], ("a",)),
+    "key_file": (["keys.json"], "keys.json"),
     "insecure_no_auth": ([], True),
+    "allowed_hosts": (["a.example"], ("a.example",)),
     "allow_credentials": ([], True),
     "allowed_origins": (['["https://a.example"]'], ("https://a.example",)),
     "allowed_methods": (['["GET", "POST"]'], ("GET", "POST")),
@@ -80,10 +83,10 @@ def test_every_field_has_a_flag(name: str, spell: Any):
     values, expected = FLAGS[name]
     told = parse([spell(name), *values], {})
     value = getattr(told.settings, name)
-    plain = tuple(keys(told)) if name == "api_keys" else value
+    plain = tuple(keys(told, name)) if name in SECRETS else value
     assert plain == expected
     assert expected != Settings.model_fields[name].default
-    assert told.settings.model_fields_set == {name, "api_keys"}
+    assert told.settings.model_fields_set == {name}
     assert told.engine_flags == ()
 
 
@@ -129,7 +132,7 @@ def test_line_with_keys_and_a_log():
     assert keys(told) == ["sk-KEY1", "sk-KEY2"]
     assert told.settings.log_file == "openchat.log"
     assert told.engine_flags == ("--disable-log-stats",)
-    assert told.notices == ()
+    assert len(told.notices) == 1  # that keys do not belong there
 
 
 def test_line_with_ray():
@@ -186,13 +189,35 @@ def test_where_keys_come_from(line: str, environ: dict[str, str], expected: list
     assert keys(command(line, environ)) == expected
 
 
+def test_other_keys_in_the_environment():
+    environ = {"OCHAT_ADMIN_KEYS": "a b", "OCHAT_KEY_FILE": "k.json"}
+    told = command("", environ)
+    assert keys(told, "admin_keys") == ["a", "b"]
+    assert told.settings.key_file == "k.json"
+    told = command("--admin-keys c --key-file l.json", environ)
+    assert keys(told, "admin_keys") == ["c"]
+    assert told.settings.key_file == "l.json"
+
+
+def test_keys_on_the_command_line_are_hidden_from_it():
+    """Every user of a machine can list its processes."""
+    told = command("--api-keys sk-1 sk-12 --admin-keys=sk-2 --port 1")
+    assert told.title == (
+        "python -m ochat_serve.openai_api_server --api-keys *** *** --admin-keys=*** --port 1"
+    )
+    assert "can be read by every user of this machine" in told.notices[0]
+    for quiet in (command("--port 1"), command("", {"OCHAT_API_KEYS": "sk-1"})):
+        assert quiet.title is None
+        assert quiet.notices == ()
+
+
 def test_keys_in_the_environment_open_a_public_address():
     assert command("--host 0.0.0.0", {"OCHAT_API_KEYS": "a"}).settings.host == "0.0.0.0"
     assert command("--host 0.0.0.0 --insecure-no-auth").settings.host == "0.0.0.0"
     for environ in ({}, {"OCHAT_API_KEYS": " , "}):
         assert refusal(["--host", "0.0.0.0"], environ) == (
             "--host 0.0.0.0 can be reached from other machines but no API key is set. Set "
-            "OCHAT_API_KEYS, or pass --insecure-no-auth if that is what you want."
+            "OCHAT_API_KEYS or --key-file, or pass --insecure-no-auth if that is what you want."
         )
 
 

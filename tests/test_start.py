@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.live import eventually
 from tests.model_folders import llama3
-from tests.process import ROOT, alive, free_port, server_process
+from tests.process import ROOT, ServerProcess, alive, free_port, server_process
 
 QUICK_S = 60
 
@@ -54,6 +55,7 @@ def the_sentence(done: subprocess.CompletedProcess[str]) -> str:
         ),
         (["--log-file", "/no/such/folder/x.log"], "--log-file /no/such/folder/x.log cannot be"),
         (["--config", "/no/such.yaml"], "--config /no/such.yaml cannot be read"),
+        (["--key-file", "/no/such.json"], "The key file /no/such.json cannot be read: No such"),
     ],
 )
 def test_wrong_settings(arguments: list[str], said: str) -> None:
@@ -106,8 +108,36 @@ def test_a_signal_while_loading_ends_it_and_its_children(tmp_path: Path) -> None
         assert eventually(lambda: not any(map(alive, children)), within_s=20)
 
 
+def planted(server: ServerProcess, key: str) -> list[str]:
+    """Every answer to requests with that key, or one much like it, where no key belongs."""
+    wrong = f"{key}-wrong"
+    places: list[dict[str, object]] = [
+        {"headers": {"authorization": f"Bearer {wrong}"}},
+        {"headers": {"authorization": wrong}},
+        {"headers": {"authorization": f"Basic {wrong}"}},
+        {"headers": {b"authorization": b"Bearer " + key.encode() + b"\xff"}},
+        {"params": {"api_key": key}},
+        {"headers": {"x-api-key": key, "cookie": f"key={key}"}},
+        {"headers": {"authorization": f"Bearer {key}"}, "json": {"messages": []}},
+    ]
+    answers = [httpx.post(server.url + "/v1/chat/completions", **place) for place in places]
+    for path in ("/metrics", "/openapi.json", "/version", "/v1/models"):
+        for used in (key, wrong, "sk-BOSS"):
+            headers = {"authorization": f"Bearer {used}"}
+            answers.append(httpx.get(server.url + path, headers=headers))
+    assert {200, 400, 401, 403} <= {answer.status_code for answer in answers}
+    return [f"{answer.headers} {answer.text}" for answer in answers]
+
+
+def titles(server: ServerProcess) -> list[str]:
+    """What others on this machine can see of the server's processes."""
+    processes = [psutil.Process(server.process.pid), *server.children()]
+    return [f"{process.name()} {process.cmdline()}" for process in processes]
+
+
 def test_the_old_command_line_from_the_first_second_to_the_last(tmp_path: Path) -> None:
-    """Every flag of the reference's README, on the demo model: early answers, keys, log, end."""
+    """Every flag of the reference's README, on the demo model: early answers, keys (which are
+    nowhere to be found), log, end."""
     log = tmp_path / "openchat.log"
     with server_process(
         "--model", "demo",
@@ -118,6 +148,7 @@ def test_the_old_command_line_from_the_first_second_to_the_last(tmp_path: Path) 
         "--max-model-len", "1024",
         output=tmp_path / "output.txt",
         VLLM_CPU_KVCACHE_SPACE="1",
+        OCHAT_ADMIN_KEYS="sk-BOSS",
     ) as server:  # fmt: skip
         server.wait_until_answering()
         key = {"authorization": "Bearer sk-KEY2"}
@@ -133,13 +164,14 @@ def test_the_old_command_line_from_the_first_second_to_the_last(tmp_path: Path) 
         assert httpx.post(chat, json=ask).status_code == 401
         answer = httpx.post(chat, json=ask, headers=key, timeout=60).json()
         assert answer["choices"][0]["message"]["content"] == "The capital of France is Paris."
+        seen = [*planted(server, "sk-KEY1"), *titles(server)]
         children = server.children()
         assert children
         assert server.stop() == 0
         assert eventually(lambda: not any(map(alive, children)), within_s=10)
 
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [line["status"] for line in lines] == [503, 401, 200]
-    for text in (server.output, log.read_text()):
+    assert [line["status"] for line in lines] == [503, 401, 200, *[401] * 6, 400]
+    for text in (server.output, log.read_text(), *seen):
         assert "sk-KEY" not in text
     assert "Ray is not installed" in server.output

@@ -1,34 +1,76 @@
 """No key, no entry: every route is closed unless it is named here."""
 
+from collections.abc import Sequence
+
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ochat_serve.errors import InvalidApiKey
-from ochat_serve.keys import ApiKeys
+from ochat_serve.caller import Caller
+from ochat_serve.errors import ApiError, InvalidApiKey, PermissionDenied
+from ochat_serve.failed_attempts import FailedAttempts
+from ochat_serve.key_ring import KeyRing, presented
 from ochat_serve.routes.replies import error_response, header
 
 # Exact paths, as routed.  A browser's preflight carries no key; CORS answers it before this.
 PUBLIC_PATHS = frozenset({"/livez"})
+# What tells of all users, or of the server's inside.
+ADMIN_PATHS = ("/metrics", "/openapi.json", "/docs", "/redoc")
+
+
+class Gate:
+    """Who may pass: ``keys``, or ``anonymous`` for everybody where no keys are set."""
+
+    def __init__(
+        self, keys: KeyRing, attempts: FailedAttempts, anonymous: Caller | None = None
+    ) -> None:
+        self._keys = keys
+        self._attempts = attempts
+        self._anonymous = anonymous
+
+    def caller(self, authorization: bytes | None, address: str) -> Caller:
+        """Raises ``InvalidApiKey`` and ``RequestsLimited``."""
+        if self._anonymous is not None:
+            return self._anonymous
+        digest = presented(authorization)
+        self._attempts.check(address, digest)
+        try:
+            caller = self._keys.identify(digest)
+        except InvalidApiKey:
+            self._attempts.failed(address)
+            raise
+        self._attempts.succeeded(address, digest)
+        return caller
 
 
 class Auth:
-    """Checks the ``Authorization`` header of every request, known route or not."""
+    """Finds the ``Caller`` of every request, known route or not; puts it into its state."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+    def __init__(self, app: ASGIApp, gate: Gate, admin_paths: Sequence[str] = ADMIN_PATHS) -> None:
         self._app = app
-        self._keys = keys
+        self._gate = gate
+        self._admin_paths = tuple(admin_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or scope["path"] in PUBLIC_PATHS:
             await self._app(scope, receive, send)
             return
         try:
-            key = self._keys.check(header(scope, b"authorization"))
-        except InvalidApiKey as error:
+            caller = self._admitted(scope)
+        except ApiError as error:
             if scope["type"] == "http":
+                scope["state"]["record"].error = error.code
                 await error_response(error)(scope, receive, send)
             else:
                 await send({"type": "websocket.close", "code": 1008})
             return
         if scope["type"] == "http":
-            scope["state"]["record"].key = key
+            scope["state"]["caller"] = caller
+            scope["state"]["record"].key = caller.name
         await self._app(scope, receive, send)
+
+    def _admitted(self, scope: Scope) -> Caller:
+        client = scope.get("client")
+        caller = self._gate.caller(header(scope, b"authorization"), client[0] if client else "")
+        path: str = scope["path"]
+        if not caller.is_admin and path.startswith(self._admin_paths):
+            raise PermissionDenied("This needs the key of an administrator.")
+        return caller

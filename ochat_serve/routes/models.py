@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from ochat_serve.errors import ModelNotFound
 from ochat_serve.generation import ServedModel
+from ochat_serve.routes.replies import caller_of
 from ochat_serve.serving import Serving
 
 
@@ -13,15 +14,16 @@ def router(serving: Serving) -> APIRouter:
     routes = APIRouter()
 
     @routes.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
+    async def list_models(request: Request) -> dict[str, Any]:
         """Every name that requests may use, the default first."""
         served = serving.require_chat().served
-        return {"object": "list", "data": [_card(served, name) for name in served.names]}
+        names = served.names if served.is_open_to(caller_of(request).models) else ()
+        return {"object": "list", "data": [_card(served, name) for name in names]}
 
     @routes.get("/v1/models/{model:path}")
-    async def retrieve_model(model: str) -> dict[str, Any]:
+    async def retrieve_model(request: Request, model: str) -> dict[str, Any]:
         served = serving.require_chat().served
-        if model not in served.names:
+        if model not in served.names or not served.is_open_to(caller_of(request).models):
             raise ModelNotFound(f"The model `{model[:100]}` does not exist.", param="model")
         return _card(served, model)
 

@@ -19,9 +19,9 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from scripts.benchmark.load import quantile
+from scripts.benchmark.cases import PROMPT_WORDS
+from scripts.benchmark.load import quantile, words
 
-PROMPT_TOKENS = 110
 SHORT_PROMPT_TOKENS = 30
 LONG_PROMPT_TOKENS = 100_000
 SHORT_REQUESTS = 20
@@ -32,8 +32,18 @@ def _prompt(name: str, tokens: int) -> TokensInput:
     return tokens_input([rng.randrange(1_000, 10_000) for _ in range(tokens)])
 
 
-async def _stream(llm: AsyncLLM, name: str, tokens: int, interval: int, gaps: list[float]) -> int:
-    prompt = _prompt(name, PROMPT_TOKENS)
+def _chat(llm: AsyncLLM, name: str) -> TokensInput:
+    """A prompt such as the servers get."""
+    said = [{"role": "user", "content": words(random.Random(name), PROMPT_WORDS)}]
+    ids = llm.get_tokenizer().apply_chat_template(
+        said, add_generation_prompt=True, return_dict=False
+    )
+    return tokens_input(ids)
+
+
+async def _stream(
+    llm: AsyncLLM, name: str, prompt: TokensInput, tokens: int, interval: int, gaps: list[float]
+) -> int:
     params = SamplingParams(
         max_tokens=tokens,
         ignore_eos=True,
@@ -54,9 +64,11 @@ async def _stream(llm: AsyncLLM, name: str, tokens: int, interval: int, gaps: li
 
 async def _measure(llm: AsyncLLM, streams: int, tokens: int, interval: int) -> dict[str, float]:
     gaps: list[float] = []
+    names = [f"{streams}-{interval}-{n}" for n in range(streams)]
+    prompts = {name: _chat(llm, name) for name in names}
     cpu, started = time.process_time(), time.perf_counter()
     counts = await asyncio.gather(
-        *(_stream(llm, f"{streams}-{interval}-{n}", tokens, interval, gaps) for n in range(streams))
+        *(_stream(llm, name, prompt, tokens, interval, gaps) for name, prompt in prompts.items())
     )
     wall, cpu = time.perf_counter() - started, time.process_time() - cpu
     return {

@@ -42,6 +42,7 @@ def body(messages: Sequence[dict[str, str]], max_tokens: int, model: str) -> byt
         "messages": messages,
         "max_tokens": max_tokens,
         "temperature": 0.7,
+        "ignore_eos": True,  # every server makes the same number of tokens
         "stream": True,
         "stream_options": {"include_usage": True},
     }

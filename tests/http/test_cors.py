@@ -44,3 +44,6 @@ def test_opened_it_is_right_on_preflight_streams_and_errors() -> None:
     for answer in (preflight, stream, denied, invalid, broken):
         assert answer.headers["access-control-allow-origin"] == ORIGIN
     assert "access-control-allow-origin" not in stranger.headers
+    assert stranger.status_code == 400
+    assert stranger.json()["error"]["code"] == "cors_refused"
+    assert stranger.headers["vary"] == preflight.headers["vary"]
