@@ -51,7 +51,10 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        background = [asyncio.create_task(streams.keep_alive())]
+        background = [
+            asyncio.create_task(streams.keep_alive()),
+            asyncio.create_task(serving.watch()),
+        ]
         if key_file is not None:
             background.append(asyncio.create_task(watch(key_file, keys.replace, logger.error)))
         try:

@@ -25,6 +25,7 @@ from ochat_serve.chat_request import (
 )
 from ochat_serve.errors import InvalidRequest, ModelNotFound, PermissionDenied
 from ochat_serve.generation import SamplingOptions, ServedModel, Usage
+from ochat_serve.health import Health
 from ochat_serve.protocol.chat import ChatCompletionRequest
 from ochat_serve.request_log import RequestRecord
 from ochat_serve.settings import Settings
@@ -52,6 +53,7 @@ class ChatService:
         log_content: bool = False,
     ) -> None:
         self.served = served
+        self.health = Health(served.engine, settings.stall_s)
         self._strict = settings.strict_parameters
         self._log_content = log_content
         self._clock = clock

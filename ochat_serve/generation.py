@@ -146,6 +146,16 @@ class Engine(Protocol):
         """Why nothing can be generated any more, or None."""
         ...
 
+    @property
+    def signs_of_life(self) -> int:
+        """Grows with every step that the engine tells of, and with every ``answer``."""
+        ...
+
+    async def answer(self) -> None:
+        """Returns when the engine has come round to answering, which it does between two steps:
+        never, if it hangs.  Generates nothing."""
+        ...
+
     def generate(
         self, request_id: str, prompt_token_ids: Sequence[int], options: SamplingOptions
     ) -> AbstractAsyncContextManager[Generation]:

@@ -1,11 +1,14 @@
 """What is being served at this moment: nothing yet, a model, or nothing any more."""
 
+import asyncio
 from dataclasses import dataclass
 
 from ochat_serve.chat_service import ChatService
 from ochat_serve.errors import Unavailable
 
-LOADING_RETRY_S = 5
+RETRY_S = 5
+ENGINE_RETRY_S = 10
+_IDLE_S = 1.0
 
 
 @dataclass
@@ -15,29 +18,51 @@ class Serving:
     phase: str = "starting"
     chat: ChatService | None = None
 
+    def require_loaded(self) -> ChatService:
+        """The service, whether it can answer now or not.  Raises ``Unavailable`` before."""
+        if self.chat is None:
+            raise self._loading()
+        return self.chat
+
     def require_chat(self) -> ChatService:
         """The service, if it can answer now.  Raises ``Unavailable``."""
-        trouble = self._trouble()
+        trouble = self.trouble
         if trouble is not None:
             raise trouble
         assert self.chat is not None
         return self.chat
 
-    def status(self) -> tuple[bool, dict[str, str]]:
-        """Whether requests can be answered, and the body of a readiness probe."""
-        trouble = self._trouble()
-        if trouble is None:
-            return True, {"status": "ready"}
-        return False, {"status": str(trouble.code), "phase": self.phase, "reason": trouble.message}
-
-    def _trouble(self) -> Unavailable | None:
+    @property
+    def trouble(self) -> Unavailable | None:
+        """Why requests cannot be answered now, or None."""
         if self.chat is None:
-            return Unavailable(
-                f"The model is still loading ({self.phase}). Please try again in a few seconds.",
-                code="loading",
-                retry_after_s=LOADING_RETRY_S,
-            )
+            return self._loading()
         failure = self.chat.served.engine.failure
         if failure is not None:
-            return Unavailable(failure, code="engine_dead", retry_after_s=10)
+            return Unavailable(failure, code="engine_dead", retry_after_s=ENGINE_RETRY_S)
+        if self.chat.health.stalled:
+            return Unavailable(
+                f"The engine has made no step and has not answered for "
+                f"{self.chat.health.stall_s:g} seconds.",
+                code="stalled",
+                retry_after_s=ENGINE_RETRY_S,
+            )
         return None
+
+    async def watch(self) -> None:
+        """Watch the engine's progress, until cancelled."""
+        try:
+            while True:
+                await asyncio.sleep(self.chat.health.interval_s if self.chat else _IDLE_S)
+                if self.chat is not None:
+                    self.chat.health.tick()
+        finally:
+            if self.chat is not None:
+                self.chat.health.close()
+
+    def _loading(self) -> Unavailable:
+        return Unavailable(
+            f"The model is still loading ({self.phase}). Please try again in a few seconds.",
+            code="loading",
+            retry_after_s=RETRY_S,
+        )

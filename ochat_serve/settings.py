@@ -84,6 +84,14 @@ class Settings(BaseModel):
         "the x-ochat-ignored response header.",
     )
 
+    # Health
+    stall_s: float = Field(
+        60,
+        gt=0,
+        description="Seconds without any sign of life of the engine after which the server is "
+        "not ready. Longer than the longest step of the engine.",
+    )
+
     # Server
     host: str = Field("localhost", description="Host name or address to bind.")
     port: int = Field(18888, ge=0, le=65535, description="Port to bind; 0 takes a free one.")

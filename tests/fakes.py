@@ -91,6 +91,15 @@ class ScriptedEngine:
     requests: list[tuple[Sequence[int], SamplingOptions]] = field(default_factory=list)
     generations: list[ScriptedGeneration] = field(default_factory=list)
     closed: bool = False
+    signs_of_life: int = 0
+    questions: int = 0
+    answers: asyncio.Event | None = None  # None: it answers at once
+
+    async def answer(self) -> None:
+        self.questions += 1
+        if self.answers is not None:
+            await self.answers.wait()
+        self.signs_of_life += 1
 
     @asynccontextmanager
     async def generate(

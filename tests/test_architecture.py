@@ -29,7 +29,7 @@ LAYERS = (
         "request_log",
     ),
     ("engine", "tokenizer", "demo_model", "model_source"),
-    ("chat_request", "chat", "chat_service", "serving"),
+    ("chat_request", "chat", "chat_service", "health", "serving"),
     ("app", "routes", "middleware"),
     ("openai_api_server", "keys", "server", "front_ends", "loader", "http_protocol", "cli"),
 )

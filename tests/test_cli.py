@@ -50,6 +50,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "max_body_mb": (["0.5"], 0.5),
     "ping_interval_s": (["2.5"], 2.5),
     "strict_parameters": ([], True),
+    "stall_s": (["2.5"], 2.5),
     "host": (["::1"], "::1"),
     "port": (["0"], 0),
     "api_server_count": (["2"], 2),

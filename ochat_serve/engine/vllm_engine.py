@@ -24,6 +24,7 @@ from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.metrics.prometheus import get_prometheus_registry
+from vllm.v1.metrics.stats import SchedulerStats
 
 from ochat_serve.detokenizing import decode_stream
 from ochat_serve.engine.errors import api_error, startup_errors
@@ -35,12 +36,27 @@ _SEED_RANGE = 2**62
 _Tokenizer = TypeVar("_Tokenizer")
 
 
+class _Signs:
+    """Counts the engine's messages, of which a step sends one at most: stands where vLLM's front
+    end, done with a message, hands its statistics on.  Knows no engine, so it keeps none alive."""
+
+    def __init__(self, update: Callable[[SchedulerStats | None], None]) -> None:
+        self.count = 0
+        self._update = update
+
+    def __call__(self, stats: SchedulerStats | None) -> None:
+        self.count += 1
+        self._update(stats)
+
+
 class VllmEngine:
     """``generation.Engine`` on vLLM."""
 
     def __init__(self, llm: AsyncLLM, token_bytes: Callable[[int], bytes]) -> None:
         self._llm = llm
         self._token_bytes = token_bytes
+        self._signs = _Signs(llm.output_processor.update_scheduler_stats)
+        llm.output_processor.update_scheduler_stats = self._signs
         config = llm.vllm_config.model_config
         self.info = EngineInfo(
             max_model_len=config.max_model_len,
@@ -75,6 +91,15 @@ class VllmEngine:
     @property
     def failure(self) -> str | None:
         return "The engine process has died." if self._llm.errored else None
+
+    @property
+    def signs_of_life(self) -> int:
+        return self._signs.count
+
+    async def answer(self) -> None:
+        self._llm._run_output_handler()  # vLLM would read nothing before the first request
+        await self._llm.is_paused()
+        self._signs.count += 1
 
     @asynccontextmanager
     async def generate(

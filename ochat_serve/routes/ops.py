@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from ochat_serve import __version__
-from ochat_serve.serving import LOADING_RETRY_S, Serving
+from ochat_serve.serving import Serving
 
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -25,16 +25,17 @@ def router(serving: Serving) -> APIRouter:
     @routes.get("/health")
     @routes.get("/readyz")
     async def ready() -> JSONResponse:
-        """Whether chat requests are answered now."""
-        is_ready, body = serving.status()
-        if is_ready:
-            return JSONResponse(body)
-        return JSONResponse(body, 503, {"retry-after": str(LOADING_RETRY_S)})
+        """Whether chat requests are answered now.  Costs the engine nothing."""
+        trouble = serving.trouble
+        if trouble is None:
+            return JSONResponse({"status": "ready"})
+        body = {"status": trouble.code, "phase": serving.phase, "reason": trouble.message}
+        return JSONResponse(body, trouble.status, trouble.headers)
 
     @routes.get("/metrics")
     async def metrics() -> Response:
         """vLLM's own metrics for Prometheus, summed over all front ends."""
-        engine = serving.require_chat().served.engine
+        engine = serving.require_loaded().served.engine
         text = await asyncio.to_thread(engine.metrics)
         return Response(text, media_type=_PROMETHEUS)
 

@@ -1,5 +1,6 @@
 """One error body, whatever went wrong and wherever."""
 
+import asyncio
 import json
 
 import httpx
@@ -11,7 +12,7 @@ from ochat_serve.protocol.chat import ChatCompletionRequest
 from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings
 from tests.fakes import ScriptedEngine, serving
-from tests.live import LiveServer, RawClient, live
+from tests.live import LiveServer, RawClient, eventually, live
 
 CHAT = "/v1/chat/completions"
 JSON = {"content-type": "application/json"}
@@ -172,6 +173,25 @@ def test_a_dead_engine_is_not_ready() -> None:
         assert httpx.get(server.url + "/livez").status_code == 200
     assert ready.status_code == chat.status_code == 503
     assert chat.json()["error"]["code"] == "engine_dead"
+
+
+def test_a_stalled_engine_is_not_ready_until_it_moves_again() -> None:
+    """Found by the server itself, while nothing is asked of it."""
+    engine = ScriptedEngine(answers=asyncio.Event())
+    app = create_app(Settings(), serving(engine, Settings(stall_s=0.2)))
+    with live(app) as server:
+        assert httpx.get(server.url + "/readyz").status_code == 200
+        assert eventually(lambda: httpx.get(server.url + "/readyz").status_code == 503)
+        ready = httpx.get(server.url + "/readyz")
+        chat = httpx.post(server.url + CHAT, json={"messages": [{"role": "user", "content": "x"}]})
+        assert httpx.get(server.url + "/livez").status_code == 200
+        assert httpx.get(server.url + "/metrics").status_code == 200
+        server.loop.call_soon_threadsafe(engine.answers.set)
+        assert eventually(lambda: httpx.get(server.url + "/readyz").status_code == 200)
+    assert ready.json()["status"] == chat.json()["error"]["code"] == "stalled"
+    assert ready.headers["retry-after"] == chat.headers["retry-after"] == "10"
+    assert "0.2 seconds" in ready.json()["reason"]
+    assert engine.requests == []
 
 
 def test_models_list_every_name_the_default_first(server: LiveServer) -> None:
