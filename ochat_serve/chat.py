@@ -7,7 +7,7 @@ event in the stream.
 import asyncio
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from ochat_serve.chat_request import ReplyForm
 from ochat_serve.errors import ApiError
@@ -37,6 +37,7 @@ class Chat:
         options: SamplingOptions,
         record: RequestRecord,
         generate: Generate,
+        running: "RunningChats",
         drops_first_space: bool,
         elapsed: Callable[[], float],
         keep_outputs: bool,
@@ -47,6 +48,7 @@ class Chat:
         self._options = options
         self._record = record
         self._generate = generate
+        self._running = running
         self._drops_first_space = drops_first_space
         self._elapsed = elapsed
         self._keep_outputs = keep_outputs
@@ -87,7 +89,39 @@ class Chat:
     def _counted(self) -> "_Counted":
         self._record.finish_reasons = [None] * self._options.n
         spaces = FirstSpaces() if self._drops_first_space else None
-        return _Counted(self._generate(self.head.id), spaces, self._record, self._elapsed)
+        context = self._generate(self.head.id)
+        return _Counted(context, spaces, self._record, self._elapsed, self._running)
+
+
+class Failable(Protocol):
+    """What can be told to fail while it runs or waits."""
+
+    def fail(self, error: ApiError) -> None: ...
+
+
+class RunningChats:
+    """Every chat that is under way."""
+
+    def __init__(self) -> None:
+        self._chats: set[Failable] = set()
+
+    def __len__(self) -> int:
+        return len(self._chats)
+
+    def add(self, chat: Failable) -> None:
+        self._chats.add(chat)
+
+    def discard(self, chat: Failable) -> None:
+        self._chats.discard(chat)
+
+    def fail(self, error: ApiError) -> None:
+        """Give all of them up: each ends as if its generation had failed with ``error``."""
+        for chat in list(self._chats):
+            chat.fail(error)
+
+
+def _nobody_listens() -> None:
+    pass
 
 
 class _Counted:
@@ -100,28 +134,50 @@ class _Counted:
         spaces: FirstSpaces | None,
         record: RequestRecord,
         elapsed: Callable[[], float],
+        running: RunningChats,
     ) -> None:
         self.record = record
         self.usage = record.usage = record.usage or Usage(0)
         self._context = context
         self._spaces = spaces
         self._elapsed = elapsed
+        self._running = running
+        self._failure: ApiError | None = None
+        self._ready: Callable[[], None] = _nobody_listens
 
     async def __aenter__(self) -> Self:
         self._generation = await self._context.__aenter__()
+        self._running.add(self)
         return self
 
     async def __aexit__(self, *error: Any) -> None:
+        self._running.discard(self)
+        self._ready = _nobody_listens
         await self._context.__aexit__(*error)
 
     def listen(self, ready: Callable[[], None]) -> None:
+        self._ready = ready
         self._generation.listen(ready)
+        if self._failure is not None:
+            ready()
+
+    def fail(self, error: ApiError) -> None:
+        """Have ``take`` raise ``error`` from now on; whoever listens is called.  The first error
+        counts, and after the last update none does."""
+        if self._failure is not None or self.finished:
+            return
+        self._failure = error
+        # Here, not where it is raised: the client may never come to read it.
+        self.record.error = error.code or error.type
+        self._ready()
 
     @property
     def finished(self) -> bool:
         return self._generation.finished
 
     def take(self) -> Update | None:
+        if self._failure is not None:
+            raise self._failure.with_traceback(None)  # one error may be many chats'
         update = self._generation.take()
         if update is None:
             return None

@@ -12,7 +12,7 @@ from functools import partial
 import shortuuid
 
 from ochat_serve.caller import Caller
-from ochat_serve.chat import Chat
+from ochat_serve.chat import Chat, RunningChats
 from ochat_serve.chat_request import (
     Limits,
     ReplyForm,
@@ -54,6 +54,7 @@ class ChatService:
     ) -> None:
         self.served = served
         self.health = Health(served.engine, settings.stall_s)
+        self.running = RunningChats()
         self._strict = settings.strict_parameters
         self._log_content = log_content
         self._clock = clock
@@ -108,6 +109,7 @@ class ChatService:
             generate=partial(
                 self.served.engine.generate, prompt_token_ids=prompt_token_ids, options=options
             ),
+            running=self.running,
             drops_first_space=self.served.prompts.begins_with_space and not prompt.continues,
             elapsed=lambda: self._clock() - arrived,
             keep_outputs=self._log_content,
