@@ -7,12 +7,13 @@ event in the stream.
 import asyncio
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from ochat_serve.chat_request import ReplyForm
 from ochat_serve.errors import ApiError
-from ochat_serve.generation import Generation, SamplingOptions, Update, Usage
+from ochat_serve.generation import Generation, SamplingOptions, Usage
 from ochat_serve.request_log import RequestRecord
+from ochat_serve.run import Run
 from ochat_serve.streaming import (
     DONE,
     Collector,
@@ -24,6 +25,8 @@ from ochat_serve.streaming import (
 
 # request id -> the generation, within a context
 Generate = Callable[[str], AbstractAsyncContextManager[Generation]]
+# with context, record and spaces
+StartRun = Callable[..., Run]
 
 
 class Chat:
@@ -37,9 +40,8 @@ class Chat:
         options: SamplingOptions,
         record: RequestRecord,
         generate: Generate,
-        running: "RunningChats",
+        run: StartRun,
         drops_first_space: bool,
-        elapsed: Callable[[], float],
         keep_outputs: bool,
     ) -> None:
         self.head = head
@@ -48,9 +50,8 @@ class Chat:
         self._options = options
         self._record = record
         self._generate = generate
-        self._running = running
+        self._start_run = run
         self._drops_first_space = drops_first_space
-        self._elapsed = elapsed
         self._keep_outputs = keep_outputs
 
     def stream(self) -> "ChatStream":
@@ -62,13 +63,13 @@ class Chat:
             obfuscation=self.form.include_obfuscation,
         )
         outputs = Collector(self._options.n) if self._keep_outputs else None
-        return ChatStream(self._counted(), writer, outputs, self.form, self._options.n)
+        return ChatStream(self._run(), writer, outputs, self.form, self._options.n)
 
     async def body(self) -> bytes:
         """The one-body answer.  Raises ``ApiError``."""
         collector = Collector(self._options.n)
         try:
-            async with self._counted() as source:
+            async with self._run() as source:
                 ready = asyncio.Event()
                 source.listen(ready.set)
                 while not source.finished:
@@ -86,111 +87,12 @@ class Chat:
             metadata=self.form.metadata,
         )
 
-    def _counted(self) -> "_Counted":
+    def _run(self) -> Run:
         self._record.finish_reasons = [None] * self._options.n
         spaces = FirstSpaces() if self._drops_first_space else None
-        context = self._generate(self.head.id)
-        return _Counted(context, spaces, self._record, self._elapsed, self._running)
-
-
-class Failable(Protocol):
-    """What can be told to fail while it runs or waits."""
-
-    def fail(self, error: ApiError) -> None: ...
-
-
-class RunningChats:
-    """Every chat that is under way."""
-
-    def __init__(self) -> None:
-        self._chats: set[Failable] = set()
-
-    def __len__(self) -> int:
-        return len(self._chats)
-
-    def add(self, chat: Failable) -> None:
-        self._chats.add(chat)
-
-    def discard(self, chat: Failable) -> None:
-        self._chats.discard(chat)
-
-    def fail(self, error: ApiError) -> None:
-        """Give all of them up: each ends as if its generation had failed with ``error``."""
-        for chat in list(self._chats):
-            chat.fail(error)
-
-
-def _nobody_listens() -> None:
-    pass
-
-
-class _Counted:
-    """A generation whose updates are counted into the record as they pass; it runs within the
-    context."""
-
-    def __init__(
-        self,
-        context: AbstractAsyncContextManager[Generation],
-        spaces: FirstSpaces | None,
-        record: RequestRecord,
-        elapsed: Callable[[], float],
-        running: RunningChats,
-    ) -> None:
-        self.record = record
-        self.usage = record.usage = record.usage or Usage(0)
-        self._context = context
-        self._spaces = spaces
-        self._elapsed = elapsed
-        self._running = running
-        self._failure: ApiError | None = None
-        self._ready: Callable[[], None] = _nobody_listens
-
-    async def __aenter__(self) -> Self:
-        self._generation = await self._context.__aenter__()
-        self._running.add(self)
-        return self
-
-    async def __aexit__(self, *error: Any) -> None:
-        self._running.discard(self)
-        self._ready = _nobody_listens
-        await self._context.__aexit__(*error)
-
-    def listen(self, ready: Callable[[], None]) -> None:
-        self._ready = ready
-        self._generation.listen(ready)
-        if self._failure is not None:
-            ready()
-
-    def fail(self, error: ApiError) -> None:
-        """Have ``take`` raise ``error`` from now on; whoever listens is called.  The first error
-        counts, and after the last update none does."""
-        if self._failure is not None or self.finished:
-            return
-        self._failure = error
-        # Here, not where it is raised: the client may never come to read it.
-        self.record.error = error.code or error.type
-        self._ready()
-
-    @property
-    def finished(self) -> bool:
-        return self._generation.finished
-
-    def take(self) -> Update | None:
-        if self._failure is not None:
-            raise self._failure.with_traceback(None)  # one error may be many chats'
-        update = self._generation.take()
-        if update is None:
-            return None
-        if self.record.first_token_s is None:
-            self.record.first_token_s = self._elapsed()
-            self.usage.cached_tokens = update.cached_tokens
-        if self._spaces is not None:
-            self._spaces.remove(update)
-        for delta in update.deltas:
-            self.usage.completion_tokens += delta.num_tokens
-            if delta.finish_reason is not None:
-                self.record.finish_reasons[delta.index] = delta.finish_reason
-        return update
+        return self._start_run(
+            context=self._generate(self.head.id), record=self._record, spaces=spaces
+        )
 
 
 class ChatStream:
@@ -199,7 +101,7 @@ class ChatStream:
 
     def __init__(
         self,
-        source: _Counted,
+        source: Run,
         writer: EventWriter,
         outputs: Collector | None,
         form: ReplyForm,

@@ -4,6 +4,7 @@ Whatever can be refused is refused in ``ChatService.prepare``, before any work h
 """
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,8 +12,9 @@ from functools import partial
 
 import shortuuid
 
+from ochat_serve.admission import Admission
 from ochat_serve.caller import Caller
-from ochat_serve.chat import Chat, RunningChats
+from ochat_serve.chat import Chat
 from ochat_serve.chat_request import (
     Limits,
     ReplyForm,
@@ -24,10 +26,11 @@ from ochat_serve.chat_request import (
     sampling_options,
 )
 from ochat_serve.errors import InvalidRequest, ModelNotFound, PermissionDenied
-from ochat_serve.generation import SamplingOptions, ServedModel, Usage
+from ochat_serve.generation import EngineInfo, SamplingOptions, ServedModel, Usage
 from ochat_serve.health import Health
 from ochat_serve.protocol.chat import ChatCompletionRequest
 from ochat_serve.request_log import RequestRecord
+from ochat_serve.run import Run, RunningChats, Terms
 from ochat_serve.settings import Settings
 from ochat_serve.streaming import ReplyHead
 
@@ -55,6 +58,9 @@ class ChatService:
         self.served = served
         self.health = Health(served.engine, settings.stall_s)
         self.running = RunningChats()
+        self.admission = _admission(served.engine.info, settings)
+        self._queue_timeout_s = settings.queue_timeout_s
+        self._request_timeout_s = settings.request_timeout_s
         self._strict = settings.strict_parameters
         self._log_content = log_content
         self._clock = clock
@@ -72,9 +78,14 @@ class ChatService:
         )
 
     async def prepare(
-        self, request: ChatCompletionRequest, record: RequestRecord, caller: Caller
+        self,
+        request: ChatCompletionRequest,
+        record: RequestRecord,
+        caller: Caller,
+        timeout_s: float = math.inf,
     ) -> Chat:
-        """Check everything, render the prompt.  Raises ``ApiError``; starts no work."""
+        """Check everything, render the prompt.  Raises ``ApiError``; starts no work.
+        ``timeout_s`` is what the client wants to wait at most."""
         arrived = self._clock()
         record.user = request.user or request.safety_identifier
         record.metadata = request.metadata
@@ -109,9 +120,19 @@ class ChatService:
             generate=partial(
                 self.served.engine.generate, prompt_token_ids=prompt_token_ids, options=options
             ),
-            running=self.running,
+            run=partial(
+                Run,
+                terms=Terms(
+                    caller=caller,
+                    choices=options.n if options.temperature else 1,  # greedy ones are copies
+                    queue_timeout_s=self._queue_timeout_s,
+                    timeout_s=min(timeout_s, self._request_timeout_s),
+                    elapsed=lambda: self._clock() - arrived,
+                ),
+                admission=self.admission,
+                running=self.running,
+            ),
             drops_first_space=self.served.prompts.begins_with_space and not prompt.continues,
-            elapsed=lambda: self._clock() - arrived,
             keep_outputs=self._log_content,
         )
         record.id = chat.head.id
@@ -135,6 +156,17 @@ class ChatService:
             f"{', '.join(f'`{name}`' for name in names)}.",
             param="model",
         )
+
+
+def _admission(info: EngineInfo, settings: Settings) -> Admission:
+    """This front end's share of the places and of the queue."""
+    share = settings.api_server_count
+    return Admission(
+        slots=math.ceil((settings.max_inflight or info.max_num_seqs) / share),
+        max_queue=math.ceil(settings.max_queue / share),
+        max_queue_tokens=math.ceil(settings.max_queue_tokens / share),
+        step_tokens=info.max_num_batched_tokens,
+    )
 
 
 def _notes(

@@ -173,5 +173,13 @@ class Unavailable(ApiError):
         super().__init__(message, code=code, retry_after_s=retry_after_s)
 
 
+class RequestTimeout(ApiError):
+    """504: the request's own time is over."""
+
+    status = 504
+    type = "timeout_error"
+    default_code = "request_timeout"
+
+
 class StartupError(Exception):
     """What stops the start.  The text is the one sentence that the user sees."""

@@ -104,11 +104,14 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What a started engine knows about itself.  ``max_model_len`` counts tokens."""
+    """What a started engine knows about itself.  ``max_model_len`` counts tokens, and so does
+    ``max_num_batched_tokens`` (of one step); ``max_num_seqs`` are choices at a time."""
 
     max_model_len: int
     vocab_size: int
     version: str
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
 
 
 class Generation(Protocol):

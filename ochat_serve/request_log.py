@@ -42,6 +42,7 @@ class RequestRecord:
     parameters: dict[str, Any] = field(default_factory=dict)
     usage: Usage | None = None
     finish_reasons: list[str | None] = field(default_factory=list)
+    queue_s: float | None = None
     first_token_s: float | None = None
     total_s: float | None = None
     status: int | None = None
@@ -68,6 +69,7 @@ class RequestRecord:
             "completion_tokens": self.usage.completion_tokens if self.usage else None,
             "cached_tokens": self.usage.cached_tokens if self.usage else None,
             "finish_reasons": self.finish_reasons or None,
+            "queue_s": _milliseconds(self.queue_s),
             "first_token_s": _milliseconds(self.first_token_s),
             "total_s": _milliseconds(self.total_s),
             "status": self.status,

@@ -73,6 +73,27 @@ class Settings(BaseModel):
         description="Memory for the token ids of texts seen before, in MiB: a conversation that "
         "comes back costs only its new turn. 0 remembers nothing.",
     )
+    max_inflight: int | None = Field(
+        None,
+        ge=1,
+        description="Choices in the engine at a time; more requests wait in the queue. Default: "
+        "vLLM's --max-num-seqs.",
+    )
+    max_queue: int = Field(
+        1024, ge=0, description="Requests that may wait for the engine; more get 503."
+    )
+    max_queue_tokens: int = Field(
+        2_000_000, ge=1, description="Tokens of the prompts that may wait; more get 503."
+    )
+    queue_timeout_s: float = Field(
+        60, gt=0, description="Seconds after which a request that still waits gets 503."
+    )
+    request_timeout_s: float = Field(
+        600,
+        gt=0,
+        description="Seconds for a whole request; then 504, or an error event in a stream. The "
+        "request header x-ochat-timeout-s asks for less.",
+    )
     max_n: int = Field(8, ge=1, le=1024, description="Largest 'n' (choices) a request may ask for.")
     max_body_mb: float = Field(4, gt=0, le=1024, description="Largest request body, in MiB.")
     ping_interval_s: float = Field(

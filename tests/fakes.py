@@ -90,6 +90,7 @@ class ScriptedEngine:
     running: int = 0
     requests: list[tuple[Sequence[int], SamplingOptions]] = field(default_factory=list)
     generations: list[ScriptedGeneration] = field(default_factory=list)
+    refuses: Exception | None = None
     closed: bool = False
     signs_of_life: int = 0
     questions: int = 0
@@ -105,6 +106,8 @@ class ScriptedEngine:
     async def generate(
         self, request_id: str, prompt_token_ids: Sequence[int], options: SamplingOptions
     ) -> AsyncGenerator["ScriptedGeneration", None]:
+        if self.refuses is not None:
+            raise self.refuses
         self.requests.append((prompt_token_ids, options))
         self.running += 1
         generation = ScriptedGeneration()

@@ -21,6 +21,7 @@ LAYERS = (
     (
         "templates",
         "streaming",
+        "admission",
         "key_file",
         "key_ring",
         "failed_attempts",
@@ -29,7 +30,7 @@ LAYERS = (
         "request_log",
     ),
     ("engine", "tokenizer", "demo_model", "model_source"),
-    ("chat_request", "chat", "chat_service", "health", "serving"),
+    ("chat_request", "run", "chat", "chat_service", "health", "serving"),
     ("app", "routes", "middleware"),
     ("openai_api_server", "keys", "server", "front_ends", "loader", "http_protocol", "cli"),
 )

@@ -58,10 +58,13 @@ class VllmEngine:
         self._signs = _Signs(llm.output_processor.update_scheduler_stats)
         llm.output_processor.update_scheduler_stats = self._signs
         config = llm.vllm_config.model_config
+        scheduler = llm.vllm_config.scheduler_config
         self.info = EngineInfo(
             max_model_len=config.max_model_len,
             vocab_size=config.get_vocab_size(),
             version=vllm_version,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
         )
 
     @classmethod

@@ -10,7 +10,7 @@ from ochat_serve.protocol.chat import ChatCompletionRequest
 from ochat_serve.routes.body import read_json
 from ochat_serve.routes.connection import until_disconnect
 from ochat_serve.routes.event_stream import EventStream, OpenStreams
-from ochat_serve.routes.replies import caller_of, record_of
+from ochat_serve.routes.replies import caller_of, record_of, timeout_of
 from ochat_serve.serving import Serving
 
 
@@ -31,7 +31,9 @@ def router(serving: Serving, streams: OpenStreams, max_body_bytes: int) -> APIRo
         """Answer a conversation, as one body or as a stream of events."""
         service = serving.require_chat()
         body = await read_json(request, ChatCompletionRequest, max_body_bytes)
-        chat = await service.prepare(body, record_of(request), caller_of(request))
+        chat = await service.prepare(
+            body, record_of(request), caller_of(request), timeout_of(request.scope)
+        )
         if chat.form.stream:
             return EventStream(chat.stream(), chat.headers, streams)
         async with until_disconnect(request.scope, request.receive):

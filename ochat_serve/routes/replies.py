@@ -1,12 +1,16 @@
 """Small pieces that every route and middleware shares: headers in, errors out."""
 
+import math
+
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.types import Scope
 
 from ochat_serve.caller import Caller
-from ochat_serve.errors import ApiError
+from ochat_serve.errors import ApiError, InvalidRequest
 from ochat_serve.request_log import RequestRecord
+
+TIMEOUT_HEADER = "x-ochat-timeout-s"
 
 
 def header(scope: Scope, name: bytes) -> bytes | None:
@@ -22,6 +26,23 @@ def record_of(request: Request) -> RequestRecord:
 def caller_of(request: Request) -> Caller:
     caller: Caller = request.state.caller
     return caller
+
+
+def timeout_of(scope: Scope) -> float:
+    """How many seconds the client wants to wait at most.  Raises ``InvalidRequest``."""
+    given = header(scope, TIMEOUT_HEADER.encode())
+    if given is None:
+        return math.inf
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise InvalidRequest(
+            f"The header {TIMEOUT_HEADER} must be a number of seconds above 0.",
+            param=TIMEOUT_HEADER,
+        )
+    return seconds
 
 
 def error_response(error: ApiError) -> JSONResponse:

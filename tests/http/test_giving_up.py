@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ochat_serve.app import create_app
+from ochat_serve.caller import Caller
 from ochat_serve.errors import Unavailable
 from ochat_serve.generation import Delta, Update
 from ochat_serve.protocol.chat import ChatCompletionRequest
@@ -140,4 +141,4 @@ async def test_the_first_error_counts_and_after_the_last_update_none_does() -> N
 
 async def prepared(service: object) -> object:
     record = RequestRecord(time=0, request_id="r", method="POST", path=CHAT)
-    return await service.prepare(ChatCompletionRequest(**ASK, stream=True), record)
+    return await service.prepare(ChatCompletionRequest(**ASK, stream=True), record, Caller(None))
