@@ -18,6 +18,7 @@ from ochat_serve.errors import ApiError, InvalidRequest, MethodNotAllowed, NotFo
 from ochat_serve.failed_attempts import FailedAttempts
 from ochat_serve.key_file import KeyFile, watch
 from ochat_serve.key_ring import KeyRing
+from ochat_serve.limits import HEADER_PARTS, Limits
 from ochat_serve.middleware.auth import Auth, Gate
 from ochat_serve.middleware.boundary import Boundary
 from ochat_serve.middleware.cors import Cors
@@ -31,7 +32,13 @@ from ochat_serve.settings import Settings, is_loopback
 
 logger = logging.getLogger(__name__)
 # What a page in a browser may read of an answer.
-EXPOSED_HEADERS = ("x-request-id", "x-ochat-ignored", "x-ochat-max-tokens", "retry-after")
+EXPOSED_HEADERS = (
+    "x-request-id",
+    "x-ochat-ignored",
+    "x-ochat-max-tokens",
+    "retry-after",
+    *(f"x-ratelimit-{part}-{what}" for what in ("requests", "tokens") for part in HEADER_PARTS),
+)
 
 
 def create_app(
@@ -63,6 +70,7 @@ def create_app(
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
+            await serving.limits.close()
             if serving.chat is not None:
                 await serving.chat.served.engine.close()
             if log is not None:
@@ -75,7 +83,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        middleware=_middleware(settings, log, keys),
+        middleware=_middleware(settings, log, keys, serving.limits),
     )
     app.include_router(chat.router(serving, streams, settings.max_body_bytes))
     app.include_router(models.router(serving))
@@ -105,7 +113,9 @@ def _anonymous(settings: Settings) -> Caller | None:
     return Caller(None, "admin" if is_loopback(settings.host) else "user")
 
 
-def _middleware(settings: Settings, log: Log | None, keys: KeyRing) -> list[Middleware]:
+def _middleware(
+    settings: Settings, log: Log | None, keys: KeyRing, limits: Limits
+) -> list[Middleware]:
     """From the outside in."""
     cors = Middleware(
         Cors,
@@ -121,7 +131,7 @@ def _middleware(settings: Settings, log: Log | None, keys: KeyRing) -> list[Midd
         *([cors] if settings.allowed_origins else []),
         Middleware(Boundary, write=log.write if log else None, clock=time.monotonic, now=time.time),
         *([Middleware(HostCheck, allowed=settings.allowed_hosts)] if checks_host else []),
-        Middleware(Auth, gate=gate),
+        Middleware(Auth, gate=gate, limits=limits),
     ]
 
 

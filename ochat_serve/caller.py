@@ -39,6 +39,10 @@ class Caller:
     log_content: LogContent | None = None
 
     @property
+    def is_limited(self) -> bool:
+        return self.limits != NO_LIMITS
+
+    @property
     def is_admin(self) -> bool:
         return self.role == "admin"
 

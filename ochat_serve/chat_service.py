@@ -28,6 +28,7 @@ from ochat_serve.chat_request import (
 from ochat_serve.errors import InvalidRequest, ModelNotFound, PermissionDenied
 from ochat_serve.generation import EngineInfo, SamplingOptions, ServedModel, Usage
 from ochat_serve.health import Health
+from ochat_serve.limits import Limits as KeyLimits
 from ochat_serve.protocol.chat import ChatCompletionRequest
 from ochat_serve.request_log import RequestRecord
 from ochat_serve.run import Run, RunningChats, Terms
@@ -53,11 +54,13 @@ class ChatService:
         *,
         clock: Callable[[], float],
         now: Callable[[], float],
+        limits: KeyLimits,
         log_content: bool = False,
     ) -> None:
         self.served = served
         self.health = Health(served.engine, settings.stall_s)
         self.running = RunningChats()
+        self._key_limits = limits
         self.admission = _admission(served.engine.info, settings)
         self._queue_timeout_s = settings.queue_timeout_s
         self._request_timeout_s = settings.request_timeout_s
@@ -125,11 +128,13 @@ class ChatService:
                 terms=Terms(
                     caller=caller,
                     choices=options.n if options.temperature else 1,  # greedy ones are copies
+                    max_tokens=options.max_tokens,
                     queue_timeout_s=self._queue_timeout_s,
                     timeout_s=min(timeout_s, self._request_timeout_s),
                     elapsed=lambda: self._clock() - arrived,
                 ),
                 admission=self.admission,
+                limits=self._key_limits,
                 running=self.running,
             ),
             drops_first_space=self.served.prompts.begins_with_space and not prompt.continues,

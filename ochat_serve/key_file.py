@@ -52,8 +52,8 @@ class Entry(_Part):
     secrets: list[Secret]
 
     def caller(self, name: str) -> Caller:
-        limits = {field: getattr(self, field) for field in KeyLimits.__slots__}
-        return Caller(name, self.role, KeyLimits(**limits), tuple(self.models), self.log_content)
+        limits = KeyLimits(*(getattr(self, field) for field in KeyLimits.__slots__))
+        return Caller(name, self.role, limits, tuple(self.models), self.log_content)
 
 
 class Content(_Part):

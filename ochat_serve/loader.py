@@ -76,6 +76,7 @@ class Loader(threading.Thread):
                 self._command.settings,
                 clock=time.monotonic,
                 now=time.time,
+                limits=self._serving.limits,
                 log_content=self._log_content,
             )
             self._serving.phase = "ready"

@@ -48,6 +48,8 @@ class RequestRecord:
     status: int | None = None
     outcome: Outcome | None = None
     error: str | None = None
+    # More for the response's head: what is left of the caller's limits.
+    headers: dict[str, str] = field(default_factory=dict)
     request: dict[str, Any] | None = None
     outputs: list[str] | None = None
 

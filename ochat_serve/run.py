@@ -14,6 +14,7 @@ from ochat_serve.admission import Admission
 from ochat_serve.caller import Caller
 from ochat_serve.errors import ApiError, RequestTimeout, Unavailable
 from ochat_serve.generation import Generation, Update, Usage
+from ochat_serve.limits import Limits, Reservation
 from ochat_serve.request_log import RequestRecord
 from ochat_serve.streaming import FirstSpaces
 
@@ -49,11 +50,12 @@ class RunningChats:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """On which a request runs: who asks, for how many ``choices``, and how long it may take, in
-    seconds since ``elapsed`` was 0."""
+    """On which a request runs: who asks, for how many ``choices`` of ``max_tokens`` at most, and
+    how long it may take, in seconds since ``elapsed`` was 0."""
 
     caller: Caller
     choices: int
+    max_tokens: int
     queue_timeout_s: float
     timeout_s: float
     elapsed: Callable[[], float]
@@ -76,6 +78,7 @@ class Run:
         record: RequestRecord,
         spaces: FirstSpaces | None,
         admission: Admission,
+        limits: Limits,
         running: RunningChats,
     ) -> None:
         self.record = record
@@ -84,7 +87,9 @@ class Run:
         self._terms = terms
         self._spaces = spaces
         self._admission = admission
+        self._limits = limits
         self._running = running
+        self._reservation: Reservation | None = None
         self._generation: Generation | None = None
         self._starting: asyncio.Task[None] | None = None
         self._queue_timer: asyncio.TimerHandle | None = None
@@ -93,6 +98,27 @@ class Run:
 
     async def __aenter__(self) -> Self:
         terms = self._terms
+        if terms.caller.is_limited:
+            self._reservation = await self._reserve(terms)
+        try:
+            await self._enter(terms)
+        except BaseException:
+            await self._settle()
+            raise
+        return self
+
+    async def _reserve(self, terms: Terms) -> Reservation:
+        most = self.usage.prompt_tokens + terms.choices * terms.max_tokens
+        reservation, headers = await self._limits.reserve(terms.caller, most)
+        self.record.headers.update(headers)
+        return reservation
+
+    async def _settle(self) -> None:
+        if self._reservation is not None:
+            used = self.usage.prompt_tokens + self.usage.completion_tokens
+            await self._limits.settle(self._reservation, used if self._reached_engine else 0)
+
+    async def _enter(self, terms: Terms) -> None:
         self._ticket = self._admission.enter(
             terms.caller.name, self.usage.prompt_tokens, terms.choices
         )
@@ -110,7 +136,6 @@ class Run:
             self._queue_timer = loop.call_later(terms.queue_timeout_s, self._expire_in_queue)
             self._ticket.on_admitted = self._start_soon
             self._ticket.on_refused = self.fail
-        return self
 
     async def __aexit__(self, *error: Any) -> None:
         self._ready = _nobody_listens
@@ -122,6 +147,11 @@ class Run:
                 await self._context.__aexit__(*error)
         finally:
             self._leave()
+            await self._settle()
+
+    @property
+    def _reached_engine(self) -> bool:
+        return self._generation is not None
 
     def _leave(self) -> None:
         self._timer.cancel()

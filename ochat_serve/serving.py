@@ -1,10 +1,13 @@
 """What is being served at this moment: nothing yet, a model, or nothing any more."""
 
 import asyncio
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 from ochat_serve.chat_service import ChatService
+from ochat_serve.clock import periods
 from ochat_serve.errors import Unavailable
+from ochat_serve.limits import Limits, MemoryLimits
 
 RETRY_S = 5
 ENGINE_RETRY_S = 10
@@ -17,6 +20,7 @@ class Serving:
 
     phase: str = "starting"
     chat: ChatService | None = None
+    limits: Limits = field(default_factory=lambda: MemoryLimits(time.time, periods))
 
     def require_loaded(self) -> ChatService:
         """The service, whether it can answer now or not.  Raises ``Unavailable`` before."""

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from ochat_serve.chat_service import ChatService
+from ochat_serve.clock import periods
 from ochat_serve.generation import (
     Conversation,
     Delta,
@@ -15,6 +16,7 @@ from ochat_serve.generation import (
     ServedModel,
     Update,
 )
+from ochat_serve.limits import Limits, MemoryLimits
 from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings
 
@@ -155,12 +157,14 @@ def service(
     settings: Settings | None = None,
     prompts: WordPrompts | None = None,
     log_content: bool = False,
+    limits: Limits | None = None,
 ) -> ChatService:
     return ChatService(
         served(engine, prompts),
         settings or Settings(),
         clock=lambda: 0.0,
         now=lambda: 1_700_000_000.0,
+        limits=limits or MemoryLimits(lambda: 1_700_000_000.0, periods),
         log_content=log_content,
     )
 

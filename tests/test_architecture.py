@@ -22,6 +22,7 @@ LAYERS = (
         "templates",
         "streaming",
         "admission",
+        "limits",
         "key_file",
         "key_ring",
         "failed_attempts",
@@ -30,7 +31,7 @@ LAYERS = (
         "request_log",
     ),
     ("engine", "tokenizer", "demo_model", "model_source"),
-    ("chat_request", "run", "chat", "chat_service", "health", "serving"),
+    ("clock", "chat_request", "run", "chat", "chat_service", "health", "serving"),
     ("app", "routes", "middleware"),
     ("openai_api_server", "keys", "server", "front_ends", "loader", "http_protocol", "cli"),
 )

@@ -8,6 +8,7 @@ from ochat_serve.caller import Caller
 from ochat_serve.errors import ApiError, InvalidApiKey, PermissionDenied
 from ochat_serve.failed_attempts import FailedAttempts
 from ochat_serve.key_ring import KeyRing, presented
+from ochat_serve.limits import Limits
 from ochat_serve.routes.replies import error_response, header
 
 # Exact paths, as routed.  A browser's preflight carries no key; CORS answers it before this.
@@ -42,11 +43,19 @@ class Gate:
 
 
 class Auth:
-    """Finds the ``Caller`` of every request, known route or not; puts it into its state."""
+    """Finds the ``Caller`` of every request, known route or not, and counts it against the key's
+    limit; puts the caller into the request's state."""
 
-    def __init__(self, app: ASGIApp, gate: Gate, admin_paths: Sequence[str] = ADMIN_PATHS) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        gate: Gate,
+        limits: Limits,
+        admin_paths: Sequence[str] = ADMIN_PATHS,
+    ) -> None:
         self._app = app
         self._gate = gate
+        self._limits = limits
         self._admin_paths = tuple(admin_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,6 +64,9 @@ class Auth:
             return
         try:
             caller = self._admitted(scope)
+            if caller.is_limited and scope["type"] == "http":
+                scope["state"]["record"].key = caller.name
+                scope["state"]["record"].headers.update(await self._limits.request(caller))
         except ApiError as error:
             if scope["type"] == "http":
                 scope["state"]["record"].error = error.code

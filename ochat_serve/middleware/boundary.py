@@ -54,6 +54,8 @@ class Boundary:
                 record.status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = record.request_id
+                if record.headers:
+                    headers.update(record.headers)
                 streaming = headers.get("content-type", "").startswith("text/event-stream")
             await send(message)
 

@@ -1,0 +1,151 @@
+"""Limits of a key, as its clients see them."""
+
+import json
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from ochat_serve import keys
+from ochat_serve.app import create_app
+from ochat_serve.generation import EngineInfo
+from ochat_serve.key_file import KeyFile
+from ochat_serve.serving import Serving
+from ochat_serve.settings import Settings
+from tests.fakes import ScriptedEngine, Wait, service, words
+from tests.live import LiveServer, RawClient, eventually, live
+
+CHAT = "/v1/chat/completions"
+ASK = {"messages": [{"role": "user", "content": "one two three"}]}  # 3 tokens; answers have 2
+BOTH = pytest.mark.parametrize("stream", [False, True])
+
+
+class Limited:
+    """A server with one key, whose limits the test names."""
+
+    def __init__(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self._file = str(tmp_path / "keys.json")
+        self._capsys = capsys
+        info = EngineInfo(max_model_len=1_000, vocab_size=1_000, version="0")
+        self.engine = ScriptedEngine(info=info)
+
+    def start(self, limits: str) -> AbstractContextManager[LiveServer]:
+        assert keys.main(["--key-file", self._file, "add", "alice", *limits.split()]) == 0
+        self.key = self._capsys.readouterr().out.strip()
+        settings = Settings(key_file=self._file)
+        self.serving = Serving()
+        self.serving.chat = service(self.engine, settings, limits=self.serving.limits)
+        return live(create_app(settings, self.serving, key_file=KeyFile(self._file)))
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.key}"}
+
+    def ask(self, server: LiveServer, **fields: object) -> httpx.Response:
+        return httpx.post(server.url + CHAT, json={**ASK, **fields}, headers=self.headers)
+
+
+@pytest.fixture
+def limited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Limited:
+    return Limited(tmp_path, capsys)
+
+
+def code(answer: httpx.Response) -> tuple[int, str, str]:
+    error = answer.json()["error"]
+    return answer.status_code, error["type"], error["code"]
+
+
+@BOTH
+def test_requests_per_minute_count_everything(limited: Limited, stream: bool) -> None:
+    with limited.start("--requests-per-minute 4") as server:
+        answers = [
+            limited.ask(server, stream=stream),
+            limited.ask(server, n=99),
+            httpx.get(server.url + "/nowhere", headers=limited.headers),
+            httpx.get(server.url + "/v1/models", headers=limited.headers),
+        ]
+        assert [answer.status_code for answer in answers] == [200, 400, 404, 200]
+        left = [answer.headers["x-ratelimit-remaining-requests"] for answer in answers]
+        assert left == ["3", "2", "1", "0"]
+        refused = limited.ask(server, stream=stream)
+        assert code(refused) == (429, "requests", "rate_limit_exceeded")
+        assert "4 requests per minute" in refused.json()["error"]["message"]
+        assert 14 <= int(refused.headers["retry-after"]) <= 15
+        assert refused.headers["x-ratelimit-limit-requests"] == "4"
+        assert httpx.get(server.url + "/livez").status_code == 200
+
+
+@BOTH
+def test_tokens_per_minute_are_settled_to_what_was_used(limited: Limited, stream: bool) -> None:
+    with limited.start("--tokens-per-minute 100") as server:
+        for left in (40, 35, 30):  # of 60 reserved, 5 are used
+            answer = limited.ask(server, stream=stream, max_tokens=57)
+            assert answer.status_code == 200
+            told = int(answer.headers["x-ratelimit-remaining-tokens"])
+            assert left <= told <= left + 10
+        refused = limited.ask(server, stream=stream, max_tokens=97)
+        assert code(refused) == (429, "tokens", "rate_limit_exceeded")
+        assert "100 tokens per minute" in refused.json()["error"]["message"]
+        assert "100 requested" in refused.json()["error"]["message"]
+
+
+def test_an_aborted_stream_pays_for_what_it_made(limited: Limited) -> None:
+    limited.engine.script = [*words("a", "b", "c"), Wait()]
+    with limited.start("--tokens-per-day 1000") as server:
+        body = json.dumps({**ASK, "stream": True}).encode()
+        with RawClient(server.port) as client:
+            client.post(
+                CHAT, body, "Content-Type: application/json", f"Authorization: Bearer {limited.key}"
+            )
+            client.read_until(b'"content":"c"')
+        assert eventually(lambda: limited.engine.running == 0)
+        used = limited.serving.limits._use["alice"].periods
+        assert eventually(lambda: set(used.values()) == {6})
+
+
+@BOTH
+def test_parallel_requests(limited: Limited, stream: bool) -> None:
+    wait = Wait()
+    limited.engine.script = [wait, *words("done")]
+    with limited.start("--parallel-requests 1") as server, RawClient(server.port) as client:
+        body = json.dumps({**ASK, "stream": stream}).encode()
+        client.post(
+            CHAT, body, "Content-Type: application/json", f"Authorization: Bearer {limited.key}"
+        )
+        assert eventually(lambda: limited.engine.running == 1)
+        refused = limited.ask(server, stream=stream)
+        assert code(refused) == (429, "requests", "rate_limit_exceeded")
+        assert "1 parallel requests" in refused.json()["error"]["message"]
+        server.loop.call_soon_threadsafe(wait.go.set)
+        client.read_until(b"done")
+        assert eventually(lambda: limited.engine.running == 0)
+        assert limited.ask(server, stream=stream).status_code == 200
+
+
+@BOTH
+def test_a_quota(limited: Limited, stream: bool) -> None:
+    with limited.start("--tokens-per-month 12") as server:
+        statuses = [limited.ask(server, stream=stream).status_code for _ in range(4)]
+        assert statuses == [200, 200, 200, 429]  # 5 each: the third goes over
+        refused = limited.ask(server, stream=stream)
+        assert code(refused) == (429, "insufficient_quota", "insufficient_quota")
+        assert "quota of 12 tokens" in refused.json()["error"]["message"]
+        assert int(refused.headers["retry-after"]) > 0
+
+
+def test_what_does_not_run_costs_no_tokens(limited: Limited) -> None:
+    with limited.start("--tokens-per-minute 1000 --parallel-requests 1") as server:
+        limited.engine.refuses = ZeroDivisionError()
+        for _ in range(3):
+            assert limited.ask(server).status_code == 500
+        limited.engine.refuses = None
+        answer = limited.ask(server, max_tokens=7)
+        assert answer.headers["x-ratelimit-remaining-tokens"] == "990"
+
+
+def test_keys_without_limits_have_no_such_headers(limited: Limited) -> None:
+    with limited.start("") as server:
+        answer = limited.ask(server)
+        assert answer.status_code == 200
+        assert not [name for name in answer.headers if name.startswith("x-ratelimit")]

@@ -1,0 +1,233 @@
+"""What a key may use, counted exactly, by a clock that the test moves."""
+
+import asyncio
+import random
+from datetime import UTC, datetime
+
+import pytest
+
+from ochat_serve.caller import Caller, KeyLimits
+from ochat_serve.clock import periods
+from ochat_serve.errors import ApiError, QuotaExceeded, RequestsLimited, TokensLimited
+from ochat_serve.limits import MemoryLimits, headers
+
+NOON = datetime(2026, 2, 27, 12, tzinfo=UTC).timestamp()
+
+
+class Clock:
+    now = NOON
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def key(**limits: int) -> Caller:
+    return Caller("alice", limits=KeyLimits(**limits))
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def limits(clock: Clock) -> MemoryLimits:
+    return MemoryLimits(clock, periods)
+
+
+async def accepted(limits: MemoryLimits, caller: Caller, times: int) -> int:
+    """How many of so many requests are let in."""
+    count = 0
+    for _ in range(times):
+        try:
+            await limits.request(caller)
+            count += 1
+        except RequestsLimited:
+            pass
+    return count
+
+
+async def test_requests_per_minute(limits: MemoryLimits, clock: Clock) -> None:
+    caller = key(requests_per_minute=60)
+    assert await accepted(limits, caller, 100) == 60
+    clock.now += 10
+    assert await accepted(limits, caller, 100) == 10
+    assert await accepted(limits, Caller("bob", limits=caller.limits), 100) == 60
+
+
+async def test_the_rate_is_the_limits(limits: MemoryLimits, clock: Clock) -> None:
+    """Asked all the time, at random moments."""
+    caller, rng = key(requests_per_minute=30), random.Random(1)
+    await accepted(limits, caller, 100)
+    count, began = 0, clock.now
+    while clock.now < began + 3_600:
+        clock.now += rng.random()
+        count += await accepted(limits, caller, 1)
+    assert count == pytest.approx(30 * 60, rel=0.02)
+
+
+async def test_the_wait_is_exact(limits: MemoryLimits, clock: Clock) -> None:
+    caller = key(requests_per_minute=7)
+    await accepted(limits, caller, 7)
+    with pytest.raises(RequestsLimited, match=r"7 requests per minute\. .*in 9 s") as e:
+        await limits.request(caller)
+    assert e.value.retry_after_s == 9
+    clock.now += 8
+    assert await accepted(limits, caller, 1) == 0
+    clock.now += 1
+    assert await accepted(limits, caller, 2) == 1
+
+
+async def test_tokens_are_reserved_and_settled(limits: MemoryLimits, clock: Clock) -> None:
+    caller = key(tokens_per_minute=1_000)
+    first, told = await limits.reserve(caller, 600)
+    assert told["x-ratelimit-remaining-tokens"] == "400"
+    with pytest.raises(TokensLimited, match="1000 tokens per minute, 400 left, 600 requested") as e:
+        await limits.reserve(caller, 600)
+    assert e.value.retry_after_s == 12
+    await limits.settle(first, 100)
+    second, told = await limits.reserve(caller, 600)
+    assert told["x-ratelimit-remaining-tokens"] == "300"
+    await limits.settle(second, 600)
+    clock.now += 60
+    _, told = await limits.reserve(caller, 1)
+    assert told["x-ratelimit-remaining-tokens"] == "999"
+
+
+async def test_a_request_larger_than_the_limit_has_all_of_it(
+    limits: MemoryLimits, clock: Clock
+) -> None:
+    """Alone it goes; what it uses beyond the limit is waited for afterwards."""
+    caller = key(tokens_per_minute=1_000)
+    large, _ = await limits.reserve(caller, 5_000)
+    await limits.settle(large, 3_000)
+    with pytest.raises(TokensLimited) as e:
+        await limits.reserve(caller, 1)
+    assert e.value.retry_after_s == pytest.approx(121, abs=1)
+    clock.now += e.value.retry_after_s
+    await limits.reserve(caller, 1)
+
+
+async def test_parallel_requests(limits: MemoryLimits) -> None:
+    caller = key(parallel_requests=2)
+    held = [(await limits.reserve(caller, 1))[0] for _ in range(2)]
+    with pytest.raises(RequestsLimited, match="2 parallel requests"):
+        await limits.reserve(caller, 1)
+    await limits.settle(held[0], 1)
+    await limits.reserve(caller, 1)
+
+
+@pytest.mark.parametrize(
+    ("limit", "wait_s", "name"),
+    [("tokens_per_day", 12 * 3_600, "2026-02-27"), ("tokens_per_month", 36 * 3_600, "2026-02")],
+)
+async def test_quotas(
+    limits: MemoryLimits, clock: Clock, limit: str, wait_s: int, name: str
+) -> None:
+    caller = key(**{limit: 100})
+    first, _ = await limits.reserve(caller, 60)
+    second, _ = await limits.reserve(caller, 60)  # the rest
+    with pytest.raises(QuotaExceeded, match=rf"quota of 100 tokens for {name} \(UTC\)") as e:
+        await limits.reserve(caller, 1)
+    assert e.value.retry_after_s == wait_s
+    await limits.settle(first, 60)
+    await limits.settle(second, 39)
+    third, _ = await limits.reserve(caller, 50)
+    await limits.settle(third, 50)  # the last one may go over
+    with pytest.raises(QuotaExceeded):
+        await limits.reserve(caller, 1)
+    clock.now += wait_s
+    await limits.reserve(caller, 100)
+
+
+async def test_what_began_yesterday_counts_for_yesterday(
+    limits: MemoryLimits, clock: Clock
+) -> None:
+    caller = key(tokens_per_day=100)
+    late, _ = await limits.reserve(caller, 100)
+    clock.now += 12 * 3_600
+    await limits.settle(late, 90)
+    await limits.reserve(caller, 100)
+
+
+async def test_quotas_go_on_where_the_ledger_stood(clock: Clock) -> None:
+    used = {"2026-02-27": 95, "2026-02": 95}
+    limits = MemoryLimits(clock, periods, lambda name, period: used[period])
+    caller = key(tokens_per_day=100, tokens_per_month=1_000)
+    await limits.settle((await limits.reserve(caller, 50))[0], 5)
+    with pytest.raises(QuotaExceeded):
+        await limits.reserve(caller, 1)
+
+
+async def test_nothing_is_taken_by_who_is_refused(limits: MemoryLimits) -> None:
+    caller = key(tokens_per_minute=100, parallel_requests=5, tokens_per_day=1_000)
+    await limits.reserve(caller, 90)
+    for _ in range(10):
+        with pytest.raises(TokensLimited):
+            await limits.reserve(caller, 50)
+    _, told = await limits.reserve(caller, 10)
+    assert told["x-ratelimit-remaining-tokens"] == "0"
+
+
+async def test_never_above_the_limit_whatever_runs_at_once(
+    limits: MemoryLimits, clock: Clock
+) -> None:
+    caller = key(tokens_per_minute=1_000, tokens_per_day=3_000)
+    used: list[int] = []
+
+    async def request(rng: random.Random) -> None:
+        try:
+            held, _ = await limits.reserve(caller, 200)
+        except ApiError:
+            return
+        await asyncio.sleep(0)
+        tokens = rng.randrange(1, 201)
+        used.append(tokens)
+        await limits.settle(held, tokens)
+
+    for minute in range(10):
+        await asyncio.gather(*(request(random.Random(n)) for n in range(50)))
+        assert sum(used) <= min(1_000 * (minute + 1) + 200, 3_000)
+        clock.now += 60
+    assert sum(used) > 2_500
+
+
+def test_changed_limits_are_in_force_at_once(limits: MemoryLimits) -> None:
+    async def run() -> None:
+        assert await accepted(limits, key(requests_per_minute=5), 9) == 5
+        assert await accepted(limits, key(requests_per_minute=60), 9) == 0
+        assert await limits.request(key()) == {}
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("level", "remaining", "reset"),
+    [
+        (60, "60", "0ms"),
+        (59.5, "59", "500ms"),
+        (59, "59", "1s"),
+        (0, "0", "1m0s"),
+        (-30, "0", "1m30s"),
+    ],
+)
+def test_headers(level: float, remaining: str, reset: str) -> None:
+    assert headers("requests", 60, level) == {
+        "x-ratelimit-limit-requests": "60",
+        "x-ratelimit-remaining-requests": remaining,
+        "x-ratelimit-reset-requests": reset,
+    }
+
+
+@pytest.mark.parametrize(
+    ("moment", "day", "month"),
+    [
+        ((2026, 12, 31, 23, 59), ("2026-12-31", (2027, 1, 1)), ("2026-12", (2027, 1, 1))),
+        ((2028, 2, 29, 0, 0), ("2028-02-29", (2028, 3, 1)), ("2028-02", (2028, 3, 1))),
+    ],
+)
+def test_days_and_months(moment: tuple, day: tuple, month: tuple) -> None:
+    found = periods(datetime(*moment, tzinfo=UTC).timestamp())
+    assert [(period.name, period.ends) for period in found] == [
+        (name, datetime(*ends, tzinfo=UTC).timestamp()) for name, ends in (day, month)
+    ]
