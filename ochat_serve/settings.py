@@ -94,6 +94,15 @@ class Settings(BaseModel):
         description="Front-end processes over the one engine. One carries tens of thousands of "
         "tokens per second; more are for many short requests.",
     )
+    ssl_certfile: str | None = Field(
+        None,
+        min_length=1,
+        description="HTTPS: file with the certificate and its chain, in PEM format. Loaded again "
+        "when it changes.",
+    )
+    ssl_keyfile: str | None = Field(
+        None, min_length=1, description="HTTPS: file with its private key, without a passphrase."
+    )
     api_keys: tuple[SecretStr, ...] = Field(
         (),
         description="Keys that clients must send. Better given in the environment variable "
@@ -126,9 +135,15 @@ class Settings(BaseModel):
                 f"--host {self.host} can be reached from other machines but no API key is set. "
                 "Set OCHAT_API_KEYS, or pass --insecure-no-auth if that is what you want"
             )
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("--ssl-certfile and --ssl-keyfile are needed together")
         if self.allow_credentials and "*" in self.allowed_origins:
             raise ValueError('--allow-credentials needs named --allowed-origins, not "*"')
         return self
+
+    @property
+    def scheme(self) -> Literal["http", "https"]:
+        return "http" if self.ssl_certfile is None else "https"
 
     @property
     def stream_interval(self) -> int:

@@ -53,6 +53,8 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "host": (["::1"], "::1"),
     "port": (["0"], 0),
     "api_server_count": (["2"], 2),
+    "ssl_certfile": (["a.pem", "--ssl-keyfile", "a.key"], "a.pem"),
+    "ssl_keyfile": (["a.key", "--ssl-certfile", "a.pem"], "a.key"),
     "api_keys": (["a", "b"], ("a", "b")),
     "insecure_no_auth": ([], True),
     "allow_credentials": ([], True),
@@ -64,6 +66,10 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "log_max_count": (["2"], 2),
     "log_content": ([], True),
 }
+
+
+# Those that cannot stand alone.
+TOGETHER = {"ssl_certfile": {"ssl_keyfile"}, "ssl_keyfile": {"ssl_certfile"}}
 
 
 def dashed(name: str) -> str:
@@ -83,7 +89,7 @@ def test_every_field_has_a_flag(name: str, spell: Any):
     plain = tuple(keys(told)) if name == "api_keys" else value
     assert plain == expected
     assert expected != Settings.model_fields[name].default
-    assert told.settings.model_fields_set == {name, "api_keys"}
+    assert told.settings.model_fields_set == {name, "api_keys", *TOGETHER.get(name, ())}
     assert told.engine_flags == ()
 
 
