@@ -16,6 +16,7 @@ from ochat_serve.errors import ApiError, InvalidRequest, MethodNotAllowed, NotFo
 from ochat_serve.keys import ApiKeys
 from ochat_serve.middleware.auth import Auth
 from ochat_serve.middleware.boundary import Boundary
+from ochat_serve.middleware.gateway import Gateway
 from ochat_serve.request_log import Log
 from ochat_serve.routes import chat, models, ops
 from ochat_serve.routes.event_stream import OpenStreams
@@ -52,6 +53,7 @@ def create_app(settings: Settings, serving: Serving, log: Log | None = None) -> 
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        servers=[{"url": settings.root_path}] if settings.root_path else None,
         middleware=_middleware(settings, log),
     )
     app.include_router(chat.router(serving, streams, settings.max_body_bytes))
@@ -74,6 +76,7 @@ def _middleware(settings: Settings, log: Log | None) -> list[Middleware]:
         expose_headers=("x-request-id", "x-ochat-ignored", "x-ochat-max-tokens", "retry-after"),
     )
     return [
+        Middleware(Gateway, trusted=settings.forwarded_allow_ips, root_path=settings.root_path),
         *([cors] if settings.allowed_origins else []),
         Middleware(Boundary, write=log.write if log else None, clock=time.monotonic, now=time.time),
         Middleware(Auth, keys=keys),

@@ -74,6 +74,7 @@ def serve(
             timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
             backlog=BACKLOG,
             server_header=False,
+            proxy_headers=False,  # middleware.gateway reads them
             ssl_context_factory=None if certificate is None else lambda *_: certificate.context,
         ),
         certificate,

@@ -125,12 +125,19 @@ def test_a_wrong_key_is_told_before_the_port_is_bound(tmp_path: Path) -> None:
 
 
 def test_https_from_the_first_second_and_renewed_without_a_restart(tmp_path: Path) -> None:
+    """And no gateway is believed but those that the flag names."""
     authority = Authority(tmp_path)
     pair, new = authority.issue("server"), authority.issue("new")
+    log = tmp_path / "requests.log"
     with server_process(
-        "--model", "demo", *pair.flags, output=tmp_path / "output.txt", trusted=authority.context
-    ) as server:
+        "--model", "demo", *pair.flags, "--log-file", str(log), "--forwarded-allow-ips",
+        output=tmp_path / "output.txt",
+        trusted=authority.context,
+        FORWARDED_ALLOW_IPS="*",
+    ) as server:  # fmt: skip
         server.wait_until_answering()
+        said = {"x-forwarded-for": "203.0.113.7"}
+        httpx.get(server.url + "/v1/models", headers=said, verify=authority.context)
         assert f"listening on https://localhost:{server.port} " in server.output
         assert authority.shown_by(server.port) == pair.der
         pair.replace_with(new)
@@ -138,6 +145,7 @@ def test_https_from_the_first_second_and_renewed_without_a_restart(tmp_path: Pat
         assert eventually(lambda: authority.shown_by(server.port) == new.der, within_s=60)
         assert "ochat_serve: the new certificate is in use\n" in server.output
         assert server.stop() == 0
+    assert [json.loads(line)["client"] for line in log.read_text().splitlines()] == ["127.0.0.1"]
 
 
 def test_the_old_command_line_from_the_first_second_to_the_last(tmp_path: Path) -> None:
