@@ -3,7 +3,10 @@
 import asyncio
 import json
 import logging
+import re
 import ssl
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from tests.certificates import Authority, Pair
 from tests.fakes import ScriptedEngine, Wait, serving, words
 from tests.http.test_streams import ASK, CHAT, contents, settled
 from tests.live import LiveServer, RawClient, eventually, live
+from tests.process import ROOT, free_port
 
 BODY = json.dumps(ASK).encode()
 
@@ -163,3 +167,18 @@ def test_what_is_no_tls_is_dropped_without_a_word(
             pass
         assert authority.shown_by(server.port) is not None
     assert caplog.records == []
+
+
+def test_the_containers_health_check_speaks_both(server: LiveServer) -> None:
+    line = re.search(r"HEALTHCHECK.*\n +CMD (.*)", (ROOT / "Dockerfile").read_text())
+    assert line is not None
+
+    def healthy(port: int) -> bool:
+        program = json.loads(line[1])[2].replace("18888", str(port))
+        asked = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+        return asked.returncode == 0
+
+    assert healthy(server.port)
+    with live(create_app(Settings(), serving(ScriptedEngine()))) as plain:
+        assert healthy(plain.port)
+    assert not healthy(free_port())
