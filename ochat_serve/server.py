@@ -66,7 +66,7 @@ def serve(
     server = _Server(
         uvicorn.Config(
             create_app(command.settings, serving, log),
-            loop="uvloop",
+            loop="ochat_serve.event_loop:EventLoop",
             http=HttpProtocol,
             access_log=False,
             log_level="warning",

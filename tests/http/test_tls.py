@@ -12,10 +12,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-import uvloop
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
 from ochat_serve.app import create_app
+from ochat_serve.event_loop import EventLoop
 from ochat_serve.generation import Delta, Update
 from ochat_serve.request_log import RequestLog
 from ochat_serve.settings import Settings
@@ -29,7 +29,7 @@ from tests.process import ROOT, free_port
 BODY = json.dumps(ASK).encode()
 
 
-@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+@pytest.fixture(params=[asyncio.new_event_loop, EventLoop], ids=["asyncio", "ours"])
 def new_loop(request: pytest.FixtureRequest) -> Callable[[], asyncio.AbstractEventLoop]:
     return request.param
 
@@ -167,6 +167,21 @@ def test_what_is_no_tls_is_dropped_without_a_word(
             pass
         assert authority.shown_by(server.port) is not None
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("new_loop", [EventLoop], indirect=True)
+def test_a_client_that_says_nothing_is_waited_for_no_longer_than_needed(
+    server: LiveServer, authority: Authority
+) -> None:
+    """Neither for its first word nor for its last one, which an idle client does not say."""
+    with RawClient(server.port) as silent, RawClient(server.port, tls=authority.context) as idle:
+        idle.post(CHAT, BODY, "Content-Type: application/json", "Connection: close")
+        idle.read_until(b"0\r\n\r\n")
+        assert len(server.transports) == 1
+        # uvloop's own patience is 30 and 60 s.
+        assert eventually(lambda: not server.transports, within_s=15)
+        with pytest.raises(ConnectionError):
+            silent.read_until(b"anything")
 
 
 def test_the_containers_health_check_speaks_both(server: LiveServer) -> None:
