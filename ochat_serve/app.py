@@ -22,6 +22,7 @@ from ochat_serve.limits import HEADER_PARTS, Limits
 from ochat_serve.middleware.auth import Auth, Gate
 from ochat_serve.middleware.boundary import Boundary
 from ochat_serve.middleware.cors import Cors
+from ochat_serve.middleware.gateway import Gateway
 from ochat_serve.middleware.host import ANY, HostCheck
 from ochat_serve.request_log import Log
 from ochat_serve.routes import chat, models, ops
@@ -84,6 +85,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
         middleware=_middleware(settings, log, keys, serving.limits),
+        servers=[{"url": settings.root_path}] if settings.root_path else None,
     )
     app.include_router(chat.router(serving, streams, settings.max_body_bytes))
     app.include_router(models.router(serving))
@@ -128,6 +130,7 @@ def _middleware(
     checks_host = is_loopback(settings.host) and ANY not in settings.allowed_hosts
     gate = Gate(keys, FailedAttempts(time.monotonic), _anonymous(settings))
     return [
+        Middleware(Gateway, trusted=settings.forwarded_allow_ips, root_path=settings.root_path),
         *([cors] if settings.allowed_origins else []),
         Middleware(Boundary, write=log.write if log else None, clock=time.monotonic, now=time.time),
         *([Middleware(HostCheck, allowed=settings.allowed_hosts)] if checks_host else []),

@@ -62,9 +62,8 @@ def run(command: cli.Command) -> int:
     if log is not None:
         writer.start()
     port = sockets[0][0].getsockname()[1]
-    say(
-        f"{count} front ends will listen on http://{settings.host}:{port}; loading {settings.model}"
-    )
+    where = f"{settings.scheme}://{settings.host}:{port}"
+    say(f"{count} front ends will listen on {where}; loading {settings.model}")
     try:
         _, args = prepare_engine(command, lambda phase: say(f"{phase} ..."))
         from ochat_serve.engine.group import run_group

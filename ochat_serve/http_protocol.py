@@ -13,6 +13,7 @@ from typing import Any
 
 import h11
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from ochat_serve.errors import InvalidRequest
@@ -33,6 +34,11 @@ class HttpProtocol(H11Protocol):
         self.resumed = self.lost = None
         scope["extensions"] = {CONNECTION: H11Connection(self, self.cycle)}
         await self._application(scope, receive, send)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if self.scheme == "https":  # TLS holds eight times as much for a slow reader
+            transport.set_write_buffer_limits(high=HIGH_WATER_LIMIT)
 
     def resume_writing(self) -> None:
         super().resume_writing()

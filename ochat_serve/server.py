@@ -24,6 +24,7 @@ from ochat_serve.loader import Loader, Share, say
 from ochat_serve.request_log import Log, RequestLog
 from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings
+from ochat_serve.tls import Certificate, kept_fresh
 
 KEEP_ALIVE_TIMEOUT_S = 5
 SHUTDOWN_TIMEOUT_S = 30
@@ -51,7 +52,8 @@ def run(command: cli.Command) -> int:
     sockets = bind(settings.host, settings.port)
     log = open_log(settings)
     host, port = sockets[0].getsockname()[:2]
-    say(f"listening on http://{settings.host}:{port} ({host}); loading {settings.model}")
+    where = f"{settings.scheme}://{settings.host}:{port} ({host})"
+    say(f"listening on {where}; loading {settings.model}")
     return serve(command, sockets, log)
 
 
@@ -63,10 +65,11 @@ def serve(
 ) -> int:
     """One front end, with an engine of its own or a share in one."""
     serving = Serving()
+    certificate = open_certificate(command.settings)
     server = _Server(
         uvicorn.Config(
             create_app(command.settings, serving, log, open_key_file(command.settings)),
-            loop="uvloop",
+            loop="ochat_serve.event_loop:EventLoop",
             http=HttpProtocol,
             access_log=False,
             log_level="warning",
@@ -74,7 +77,10 @@ def serve(
             timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
             backlog=BACKLOG,
             server_header=False,
-        )
+            proxy_headers=False,  # middleware.gateway reads them
+            ssl_context_factory=None if certificate is None else lambda *_: certificate.context,
+        ),
+        certificate,
     )
     loader = Loader(
         command, serving, server, log_content=log is not None and log.content, share=share
@@ -92,11 +98,12 @@ def serve(
 
 
 def prepare(command: cli.Command) -> None:
-    """What comes before the port is bound."""
+    """What comes before the port is bound.  Raises ``StartupError``."""
     if command.title is not None:
         setproctitle.setproctitle(command.title)
     for notice in command.notices:
         say(notice)
+    open_certificate(command.settings)
     _allow_many_connections()
 
 
@@ -109,7 +116,16 @@ def _allow_many_connections() -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server; a signal that was obeyed is not raised again, so the exit code is 0."""
+    """uvicorn's server with a certificate that is kept fresh; a signal that was obeyed is not
+    raised again, so the exit code is 0."""
+
+    def __init__(self, config: uvicorn.Config, certificate: Certificate | None) -> None:
+        super().__init__(config)
+        self._certificate = certificate
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        async with kept_fresh(self._certificate, say):
+            await super().serve(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -184,6 +200,13 @@ def open_key_file(settings: Settings) -> KeyFile | None:
     except KeyFileError as error:
         raise StartupError(str(error)) from error
     return file
+
+
+def open_certificate(settings: Settings) -> Certificate | None:
+    """Raises ``StartupError``."""
+    if settings.ssl_certfile is None or settings.ssl_keyfile is None:
+        return None
+    return Certificate(settings.ssl_certfile, settings.ssl_keyfile)
 
 
 def open_log(settings: Settings) -> RequestLog | None:

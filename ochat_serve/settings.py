@@ -5,9 +5,18 @@ vLLM's engine flags are not settings; they pass through to vLLM unchanged.
 """
 
 import ipaddress
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    model_validator,
+)
 
 AUTO: Literal["auto"] = "auto"
 MAX_STREAM_PERIOD = 1000
@@ -21,6 +30,34 @@ def _stream_period(value: object) -> object:
 
 
 StreamPeriod = Annotated[int | Literal["auto"], BeforeValidator(_stream_period)]
+
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def _items(value: object) -> object:
+    """Commas part items, too, as in uvicorn's flag of that name."""
+    if not isinstance(value, list | tuple):
+        return value
+    return tuple(text for item in value for text in re.split(r"[\s,]+", str(item)) if text)
+
+
+def _network(value: object) -> Network:
+    try:
+        return ipaddress.ip_network(str(value))
+    except ValueError as error:
+        raise ValueError(f"must be an address or a network: {error}") from error
+
+
+Networks = Annotated[
+    tuple[Annotated[Network, BeforeValidator(_network)], ...], BeforeValidator(_items)
+]
+
+
+def _sub_path(value: str) -> str:
+    if re.fullmatch(r"(/[A-Za-z0-9._~-]+)*/?", value):
+        return value.removesuffix("/")
+    raise ValueError("must be a path such as /llm")
 
 
 class Settings(BaseModel):
@@ -123,6 +160,24 @@ class Settings(BaseModel):
         description="Front-end processes over the one engine. One carries tens of thousands of "
         "tokens per second; more are for many short requests.",
     )
+    ssl_certfile: str | None = Field(
+        None,
+        min_length=1,
+        description="HTTPS: file with the certificate and its chain, in PEM format. Loaded again "
+        "when it changes.",
+    )
+    ssl_keyfile: str | None = Field(
+        None, min_length=1, description="HTTPS: file with its private key, without a passphrase."
+    )
+    forwarded_allow_ips: Networks = Field(
+        (ipaddress.ip_network("127.0.0.1"), ipaddress.ip_network("::1")),
+        description="Addresses and networks of the gateways in front, whose word is taken for "
+        "who sends a request: X-Forwarded-For and X-Forwarded-Proto. Default: this machine "
+        "(127.0.0.1 ::1). Without a value: nobody's.",
+    )
+    root_path: Annotated[str, AfterValidator(_sub_path)] = Field(
+        "", description="Path under which a gateway offers the server, such as /llm."
+    )
     api_keys: tuple[SecretStr, ...] = Field(
         (),
         description="Keys that clients must send. Better given in the environment variable "
@@ -172,6 +227,8 @@ class Settings(BaseModel):
                 "Set OCHAT_API_KEYS or --key-file, or pass --insecure-no-auth if that is what "
                 "you want"
             )
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("--ssl-certfile and --ssl-keyfile are needed together")
         if self.allow_credentials and "*" in self.allowed_origins:
             raise ValueError('--allow-credentials needs named --allowed-origins, not "*"')
         return self
@@ -180,6 +237,10 @@ class Settings(BaseModel):
     def has_keys(self) -> bool:
         """Whether requests need a key."""
         return bool(self.api_keys or self.admin_keys or self.key_file)
+
+    @property
+    def scheme(self) -> Literal["http", "https"]:
+        return "http" if self.ssl_certfile is None else "https"
 
     @property
     def stream_interval(self) -> int:

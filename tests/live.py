@@ -6,6 +6,7 @@ Hang-ups, slow readers and half-sent bodies need sockets: no in-memory transport
 import asyncio
 import contextlib
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -15,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from ochat_serve.http_protocol import HttpProtocol
+from ochat_serve.tls import Certificate, kept_fresh
 
 T = TypeVar("T")
 START_TIMEOUT_S = 10
@@ -22,12 +24,22 @@ STOP_TIMEOUT_S = 40
 
 
 class LiveServer:
-    """``url`` is where it listens; ``call`` runs a coroutine on its event loop."""
+    """``url`` is where it listens; ``call`` runs a coroutine on its event loop.  ``said`` is
+    what it told whoever runs it."""
 
-    def __init__(self, app: FastAPI, protocol: type[asyncio.Protocol] = HttpProtocol) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        protocol: type[asyncio.Protocol] = HttpProtocol,
+        certificate: Certificate | None = None,
+        new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
+    ) -> None:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http{'s' if certificate else ''}://127.0.0.1:{self.port}"
+        self.said: list[str] = []
+        self._certificate = certificate
+        self._new_loop = new_loop
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
@@ -35,6 +47,8 @@ class LiveServer:
                 log_level="warning",
                 access_log=False,
                 timeout_graceful_shutdown=1,
+                proxy_headers=False,
+                ssl_context_factory=(lambda *_: certificate.context) if certificate else None,
             )
         )
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -42,9 +56,11 @@ class LiveServer:
     def _run(self) -> None:
         async def main() -> None:
             self.loop = asyncio.get_running_loop()
-            await self._server.serve(sockets=[self._socket])
+            async with kept_fresh(self._certificate, self.said.append):
+                await self._server.serve(sockets=[self._socket])
 
-        asyncio.run(main())
+        with asyncio.Runner(loop_factory=self._new_loop) as runner:
+            runner.run(main())
 
     def start(self) -> None:
         self._thread.start()
@@ -55,13 +71,21 @@ class LiveServer:
         self._thread.join(STOP_TIMEOUT_S)
         assert not self._thread.is_alive()
 
+    @property
+    def transports(self) -> list[asyncio.Transport]:
+        """Of the open connections."""
+        return [connection.transport for connection in self._server.server_state.connections]
+
     def call(self, coroutine: Coroutine[Any, Any, T], timeout_s: float = 60) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout_s)
 
 
 @contextlib.contextmanager
-def live(app: FastAPI, protocol: type[asyncio.Protocol] = HttpProtocol) -> Iterator[LiveServer]:
-    server = LiveServer(app, protocol)
+def live(
+    app: FastAPI, protocol: type[asyncio.Protocol] = HttpProtocol, **options: Any
+) -> Iterator[LiveServer]:
+    """``options`` are LiveServer's."""
+    server = LiveServer(app, protocol, **options)
     server.start()
     try:
         yield server
@@ -80,14 +104,18 @@ def eventually(condition: Callable[[], object], within_s: float = 5) -> bool:
 
 
 class RawClient:
-    """One TCP connection that says exactly what it is told."""
+    """One connection that says exactly what it is told; over TLS with ``tls``."""
 
-    def __init__(self, port: int, receive_buffer: int | None = None) -> None:
+    def __init__(
+        self, port: int, receive_buffer: int | None = None, tls: ssl.SSLContext | None = None
+    ) -> None:
         self._socket = socket.socket()
         if receive_buffer is not None:  # bytes; the kernel heeds it before connecting only
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self._socket.settimeout(10)
         self._socket.connect(("127.0.0.1", port))
+        if tls is not None:
+            self._socket = tls.wrap_socket(self._socket, server_hostname="localhost")
         self.received = bytearray()
 
     def send(self, data: bytes) -> None:

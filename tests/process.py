@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -19,11 +20,15 @@ STOP_TIMEOUT_S = 60
 
 
 class ServerProcess:
-    """``python -m ochat_serve.openai_api_server`` with arguments, on a free port."""
+    """``python -m ochat_serve.openai_api_server`` with arguments, on a free port.  ``trusted``
+    is for asking a server that speaks HTTPS."""
 
-    def __init__(self, *arguments: str, output: Path, **environ: str) -> None:
+    def __init__(
+        self, *arguments: str, output: Path, trusted: ssl.SSLContext | None = None, **environ: str
+    ) -> None:
         self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http{'s' if trusted else ''}://127.0.0.1:{self.port}"
+        self._trusted = trusted
         self._output = output
         command = [sys.executable, "-m", "ochat_serve.openai_api_server"]
         command += [*arguments, "--port", str(self.port)]
@@ -47,7 +52,8 @@ class ServerProcess:
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(self.url + path, headers=headers).status_code == 200:
+                verify = self._trusted or True
+                if httpx.get(self.url + path, headers=headers, verify=verify).status_code == 200:
                     return
             assert self.process.poll() is None, self.output[-4000:]
             time.sleep(0.1)
@@ -76,8 +82,10 @@ class ServerProcess:
 
 
 @contextlib.contextmanager
-def server_process(*arguments: str, output: Path, **environ: str) -> Iterator[ServerProcess]:
-    server = ServerProcess(*arguments, output=output, **environ)
+def server_process(
+    *arguments: str, output: Path, trusted: ssl.SSLContext | None = None, **environ: str
+) -> Iterator[ServerProcess]:
+    server = ServerProcess(*arguments, output=output, trusted=trusted, **environ)
     try:
         yield server
     finally:

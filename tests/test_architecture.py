@@ -29,11 +29,21 @@ LAYERS = (
         "remembered",
         "detokenizing",
         "request_log",
+        "tls",
     ),
     ("engine", "tokenizer", "demo_model", "model_source"),
     ("clock", "chat_request", "run", "chat", "chat_service", "health", "serving"),
     ("app", "routes", "middleware"),
-    ("openai_api_server", "keys", "server", "front_ends", "loader", "http_protocol", "cli"),
+    (
+        "openai_api_server",
+        "event_loop",
+        "keys",
+        "server",
+        "front_ends",
+        "loader",
+        "http_protocol",
+        "cli",
+    ),
 )
 LAYER_OF = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 L0, L1, L2, L3, L4, L5 = range(6)

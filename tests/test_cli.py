@@ -3,6 +3,7 @@
 import importlib.util
 import re
 from collections.abc import Mapping
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,10 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "host": (["::1"], "::1"),
     "port": (["0"], 0),
     "api_server_count": (["2"], 2),
+    "ssl_certfile": (["a.pem", "--ssl-keyfile", "a.key"], "a.pem"),
+    "ssl_keyfile": (["a.key", "--ssl-certfile", "a.pem"], "a.key"),
+    "forwarded_allow_ips": (["10.0.0.0/8"], (ip_network("10.0.0.0/8"),)),
+    "root_path": (["/llm"], "/llm"),
     "api_keys": (["a", "b"], ("a", "b")),
     "admin_keys": (["a"], ("a",)),
     "key_file": (["keys.json"], "keys.json"),
@@ -73,6 +78,10 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "log_max_count": (["2"], 2),
     "log_content": ([], True),
 }
+
+
+# Those that cannot stand alone.
+TOGETHER = {"ssl_certfile": {"ssl_keyfile"}, "ssl_keyfile": {"ssl_certfile"}}
 
 
 def dashed(name: str) -> str:
@@ -92,8 +101,16 @@ def test_every_field_has_a_flag(name: str, spell: Any):
     plain = tuple(keys(told, name)) if name in SECRETS else value
     assert plain == expected
     assert expected != Settings.model_fields[name].default
-    assert told.settings.model_fields_set == {name}
+    assert told.settings.model_fields_set == {name, *TOGETHER.get(name, ())}
     assert told.engine_flags == ()
+
+
+@pytest.mark.parametrize("line", ["127.0.0.1,::1", "127.0.0.1 ::1", "127.0.0.1, ::1,"])
+def test_gateways_may_be_separated_by_commas(line: str):
+    """As uvicorn's flag of the same name has them."""
+    told = command(f"--forwarded-allow-ips {line}").settings
+    assert told.forwarded_allow_ips == Settings().forwarded_allow_ips
+    assert command("--forwarded-allow-ips").settings.forwarded_allow_ips == ()
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -260,6 +277,16 @@ def test_loopback_needs_no_keys(host: str):
             ["--allow-credentials", "--allowed-origins", '["*"]'],
             '--allow-credentials needs named --allowed-origins, not "*".',
         ),
+        (["--forwarded-allow-ips", "*"], None),
+        (["--forwarded-allow-ips", "::1", "gateway.example"], None),
+        (
+            ["--forwarded-allow-ips", "10.0.0.1/8"],
+            "--forwarded-allow-ips 10.0.0.1/8: must be an address or a network: "
+            "10.0.0.1/8 has host bits set.",
+        ),
+        (["--root-path", "llm"], "--root-path llm: must be a path such as /llm."),
+        (["--root-path", "/a?b"], None),
+        (["--root-path", "/a//b"], None),
     ],
     ids=str,
 )

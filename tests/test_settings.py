@@ -61,6 +61,14 @@ def test_credentials_need_named_origins():
     assert Settings(allowed_origins=("*",))
 
 
+def test_a_certificate_needs_its_key_and_a_key_its_certificate():
+    assert Settings().scheme == "http"
+    assert Settings(ssl_certfile="a", ssl_keyfile="b").scheme == "https"
+    for name in ("ssl_certfile", "ssl_keyfile"):
+        with pytest.raises(ValidationError, match="needed together"):
+            Settings.model_validate({name: "a"})
+
+
 @pytest.mark.parametrize(
     ("name", "good", "bad"),
     [

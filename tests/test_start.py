@@ -12,6 +12,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.certificates import Authority, Pair
 from tests.live import eventually
 from tests.model_folders import llama3
 from tests.process import ROOT, ServerProcess, alive, free_port, server_process
@@ -54,6 +55,15 @@ def the_sentence(done: subprocess.CompletedProcess[str]) -> str:
             "--host no.such.host.invalid is",
         ),
         (["--log-file", "/no/such/folder/x.log"], "--log-file /no/such/folder/x.log cannot be"),
+        (
+            ["--ssl-certfile", "/no/such.pem"],
+            "--ssl-certfile and --ssl-keyfile are needed together",
+        ),
+        (["--ssl-keyfile", "/no/such.pem"], "--ssl-certfile and --ssl-keyfile are needed together"),
+        (
+            ["--ssl-certfile", "/no/such.pem", "--ssl-keyfile", "/no/such.key"],
+            "--ssl-certfile /no/such.pem cannot be read",
+        ),
         (["--config", "/no/such.yaml"], "--config /no/such.yaml cannot be read"),
         (["--key-file", "/no/such.json"], "The key file /no/such.json cannot be read: No such"),
     ],
@@ -133,6 +143,38 @@ def titles(server: ServerProcess) -> list[str]:
     """What others on this machine can see of the server's processes."""
     processes = [psutil.Process(server.process.pid), *server.children()]
     return [f"{process.name()} {process.cmdline()}" for process in processes]
+
+
+def test_a_wrong_key_is_told_before_the_port_is_bound(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    pair = Pair(authority.issue("a").certfile, authority.issue("b").keyfile)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        said = the_sentence(start(*pair.flags, "--port", str(taken.getsockname()[1])))
+    assert said.endswith("do not belong together.")
+
+
+def test_https_from_the_first_second_and_renewed_without_a_restart(tmp_path: Path) -> None:
+    """And no gateway is believed but those that the flag names."""
+    authority = Authority(tmp_path)
+    pair, new = authority.issue("server"), authority.issue("new")
+    log = tmp_path / "requests.log"
+    with server_process(
+        "--model", "demo", *pair.flags, "--log-file", str(log), "--forwarded-allow-ips",
+        output=tmp_path / "output.txt",
+        trusted=authority.context,
+        FORWARDED_ALLOW_IPS="*",
+    ) as server:  # fmt: skip
+        server.wait_until_answering()
+        said = {"x-forwarded-for": "203.0.113.7"}
+        httpx.get(server.url + "/v1/models", headers=said, verify=authority.context)
+        assert f"listening on https://localhost:{server.port} " in server.output
+        assert authority.shown_by(server.port) == pair.der
+        pair.replace_with(new)
+        # Beside the import of vLLM, which holds the interpreter for seconds.
+        assert eventually(lambda: authority.shown_by(server.port) == new.der, within_s=60)
+        assert "ochat_serve: the new certificate is in use\n" in server.output
+        assert server.stop() == 0
+    assert [json.loads(line)["client"] for line in log.read_text().splitlines()] == ["127.0.0.1"]
 
 
 def test_the_old_command_line_from_the_first_second_to_the_last(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """``--api-server-count 2``: two front ends, one engine, one port, one log, one account."""
 
+import contextlib
 import json
 import re
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import httpx
 import psutil
 import pytest
 
+from tests.certificates import Authority
 from tests.live import RawClient, eventually
 from tests.process import ROOT, ServerProcess, alive, server_process
 
@@ -17,19 +20,27 @@ CONNECTIONS = 40
 ASK = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
 
 
-@pytest.fixture
-def two(llama3_folder: Path, tmp_path: Path) -> Iterator[ServerProcess]:
+@contextlib.contextmanager
+def two_front_ends(
+    model: Path, tmp_path: Path, *flags: str, trusted: ssl.SSLContext | None = None
+) -> Iterator[ServerProcess]:
     with server_process(
-        "--model", str(llama3_folder),
+        "--model", str(model), *flags,
         "--api-server-count", "2",
         "--distributed-executor-backend", "sim_executor.SimExecutor",
         "--log-file", str(tmp_path / "requests.log"),
-        output=tmp_path / "output.txt",
+        output=tmp_path / "output.txt", trusted=trusted,
         PYTHONPATH=str(ROOT / "scripts" / "benchmark" / "sim"),
         SIM_STEP_MS="5",
     ) as server:  # fmt: skip
         server.wait_until_ready()
         assert eventually(lambda: server.output.count("ready in") == 2, within_s=60)
+        yield server
+
+
+@pytest.fixture
+def two(llama3_folder: Path, tmp_path: Path) -> Iterator[ServerProcess]:
+    with two_front_ends(llama3_folder, tmp_path) as server:
         yield server
 
 
@@ -82,3 +93,16 @@ def test_a_front_end_that_dies_ends_the_server(two: ServerProcess) -> None:
     assert two.process.wait(60) == 1
     assert re.search(r"ochat_serve: Process ApiServer_\d .* died .*The server ends", two.output)
     assert eventually(lambda: not any(map(alive, children)), within_s=10)
+
+
+def test_each_front_end_takes_a_new_certificate(llama3_folder: Path, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    pair, new = authority.issue("server"), authority.issue("new")
+    with two_front_ends(llama3_folder, tmp_path, *pair.flags, trusted=authority.context) as server:
+        assert f"will listen on https://localhost:{server.port};" in server.output
+        pair.replace_with(new)
+        assert eventually(lambda: server.output.count("the new certificate") == 2, within_s=30)
+        # As above: not all of them to one process.
+        shown = {authority.shown_by(server.port) for _ in range(CONNECTIONS)}
+        assert shown == {new.der}
+        assert server.stop() == 0
