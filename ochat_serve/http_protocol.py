@@ -40,6 +40,14 @@ class HttpProtocol(H11Protocol):
         if self.scheme == "https":  # TLS holds eight times as much for a slow reader
             transport.set_write_buffer_limits(high=HIGH_WATER_LIMIT)
 
+    def handle_events(self) -> None:
+        super().handle_events()
+        # The next request came early.  It waits its turn, but while somebody wants to know
+        # whether the client stays, there must be reading: up to a bound.
+        early = self.conn.their_state is h11.DONE and self.flow.read_paused
+        if early and self.lost is not None and len(self.conn.trailing_data[0]) < HIGH_WATER_LIMIT:
+            self.flow.resume_reading()
+
     def resume_writing(self) -> None:
         super().resume_writing()
         if self.resumed is not None:

@@ -246,11 +246,18 @@ def test_a_client_that_hangs_up_frees_its_slot_within_a_second(stream: bool, beg
         assert eventually(lambda: engine.running == 0, within_s=1)
 
 
-def test_a_pipelined_request_does_not_keep_an_abandoned_one_alive() -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_a_pipelined_request_does_not_keep_an_abandoned_one_alive(late: bool) -> None:
     engine = ScriptedEngine(script=[Wait()])
+    early = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
     with live(create_app(Settings(), serving(engine))) as server:
         with RawClient(server.port) as client:
             client.post(CHAT, json.dumps(ASK).encode())
-            client.send(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
+            if not late:
+                client.send(early)
             assert eventually(lambda: engine.running == 1)
+            if late:
+                client.send(early)
+                (transport,) = server.transports
+                assert eventually(lambda: transport.get_protocol().conn.trailing_data[0])
         assert eventually(lambda: engine.running == 0, within_s=1)
