@@ -30,6 +30,7 @@ API_KEYS_VARIABLE = "OCHAT_API_KEYS"
 _EPILOG = """Every vLLM engine flag works too and is passed through unchanged
 (--tensor-parallel-size N, --max-model-len N, --dtype ...): --help=all lists them."""
 _OLD_SWITCHES = ("disable_log_requests", "engine_use_ray", "worker_use_ray")
+_SECRETS = ("api_keys", "usage_db")
 _JSON_LISTS = ("allowed_origins", "allowed_methods", "allowed_headers")
 
 
@@ -179,7 +180,7 @@ def _settings(fields: Mapping[str, Any]) -> Settings:
         if not first["loc"]:
             raise StartupError(f"{message}.") from error
         name = str(first["loc"][0])
-        value = "" if name == "api_keys" else f" {shlex.quote(str(first['input']))}"
+        value = "" if name in _SECRETS else f" {shlex.quote(str(first['input']))}"
         raise StartupError(f"{_flag(name)}{value}: {message}.") from error
 
 

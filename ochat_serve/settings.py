@@ -5,11 +5,22 @@ vLLM's engine flags are not settings; they pass through to vLLM unchanged.
 """
 
 import ipaddress
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    model_validator,
+)
 
 AUTO: Literal["auto"] = "auto"
+NONE: Literal["none"] = "none"
+POSTGRES_SCHEMES = ("postgresql://", "postgres://")
 MAX_STREAM_PERIOD = 1000
 
 
@@ -21,6 +32,21 @@ def _stream_period(value: object) -> object:
 
 
 StreamPeriod = Annotated[int | Literal["auto"], BeforeValidator(_stream_period)]
+
+
+def _usage_place(value: SecretStr) -> SecretStr:
+    text = value.get_secret_value()
+    if text.startswith(POSTGRES_SCHEMES):
+        # Elsewhere an @ or a / of the password's would make libpq take the rest of it for a
+        # host or a port, and those stand in its errors.
+        if re.fullmatch(r"\w+://([^@/?]*@)?[^@]+", text) is None:
+            raise ValueError("write @ as %40, / as %2F and ? as %3F in a name or a password")
+    elif not text or "://" in text or "\0" in text:
+        raise ValueError("must be a file, a postgresql:// address or 'none'")
+    return value
+
+
+UsagePlace = Annotated[SecretStr, AfterValidator(_usage_place)]
 
 
 class Settings(BaseModel):
@@ -119,9 +145,17 @@ class Settings(BaseModel):
         False, description="Write requests and answers into the log, not only their metadata."
     )
 
+    # Usage
+    usage_db: UsagePlace | None = Field(
+        None,
+        description="Where usage per key and day is kept: a file, a postgresql:// address, or "
+        "'none'. Default: with keys, ~/.local/state/ochat_serve/usage.sqlite (or below "
+        "XDG_STATE_HOME); without keys, none.",
+    )
+
     @model_validator(mode="after")
     def _check_together(self) -> "Settings":
-        if not (self.api_keys or self.insecure_no_auth or is_loopback(self.host)):
+        if not (self.has_keys or self.insecure_no_auth or is_loopback(self.host)):
             raise ValueError(
                 f"--host {self.host} can be reached from other machines but no API key is set. "
                 "Set OCHAT_API_KEYS, or pass --insecure-no-auth if that is what you want"
@@ -129,6 +163,11 @@ class Settings(BaseModel):
         if self.allow_credentials and "*" in self.allowed_origins:
             raise ValueError('--allow-credentials needs named --allowed-origins, not "*"')
         return self
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether clients must send one."""
+        return bool(self.api_keys)
 
     @property
     def stream_interval(self) -> int:

@@ -18,11 +18,11 @@ ROOT = Path(__file__).parents[1]
 # A package stands for all of its modules.
 LAYERS = (
     ("__init__", "protocol", "generation", "caller", "settings", "errors"),
-    ("templates", "streaming", "keys", "remembered", "detokenizing", "request_log"),
+    ("templates", "streaming", "keys", "remembered", "detokenizing", "request_log", "usage"),
     ("engine", "tokenizer", "demo_model", "model_source"),
     ("chat_request", "chat", "chat_service", "serving"),
     ("app", "routes", "middleware"),
-    ("openai_api_server", "server", "front_ends", "loader", "http_protocol", "cli"),
+    ("openai_api_server", "server", "front_ends", "loader", "http_protocol", "usage_db", "cli"),
 )
 LAYER_OF = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 L0, L1, L2, L3, L4, L5 = range(6)
@@ -52,6 +52,7 @@ ONLY_IN = {
     "transformers": {"tokenizer", "demo_model"},
     "torch": {"demo_model"},
     "argparse": {"cli"},
+    "psycopg": {"usage"},
     "uvicorn": {"server", "loader", "http_protocol"},
 }
 MAY_READ_ENVIRONMENT = {L2, L5}
@@ -177,6 +178,8 @@ def test_every_name_in_the_table_is_a_module():
         ("templates.hf", "from ..keys import ApiKeys", "imports keys"),
         ("request_log", "from ochat_serve import engine", "imports engine"),
         ("request_log", "from datetime import datetime", "imports datetime"),
+        ("request_log", "from ochat_serve.usage import counters", "imports usage"),
+        ("usage_db", "import psycopg", "imports psycopg"),
         ("keys", "import os\nKEY = os.environ['KEY']", "reads the environment"),
         ("keys", "from os import getenv", "reads the environment"),
         ("tokenizer", "from ochat_serve.engine import VllmEngine", "imports engine"),
@@ -230,7 +233,7 @@ def test_the_app_needs_no_model_libraries():
     """So most tests start in no time, and the front end stays thin."""
     loaded = loaded_after("import ochat_serve.app")
     assert "fastapi" in loaded
-    assert loaded.isdisjoint({"vllm", "torch", "ray", "transformers", "tokenizers"})
+    assert loaded.isdisjoint({"vllm", "torch", "ray", "transformers", "tokenizers", "psycopg"})
 
 
 def test_the_entry_imports_next_to_nothing():
