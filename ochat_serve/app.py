@@ -17,17 +17,23 @@ from ochat_serve.keys import ApiKeys
 from ochat_serve.middleware.auth import Auth
 from ochat_serve.middleware.boundary import Boundary
 from ochat_serve.request_log import Log
-from ochat_serve.routes import chat, models, ops
+from ochat_serve.routes import chat, models, ops, usage
 from ochat_serve.routes.event_stream import OpenStreams
 from ochat_serve.routes.replies import on_api_error
 from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings
+from ochat_serve.usage.ledger import UsageLedger
 
 
-def create_app(settings: Settings, serving: Serving, log: Log | None = None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    serving: Serving,
+    log: Log | None = None,
+    ledger: UsageLedger | None = None,
+) -> FastAPI:
     """The app around ``serving``, which may become ready later.
 
-    Its shutdown closes the engine and the log.
+    Its shutdown closes the engine, the log and the ledger.
     """
     streams = OpenStreams(settings.ping_interval_s, time.monotonic, merges=settings.merges_streams)
 
@@ -44,6 +50,8 @@ def create_app(settings: Settings, serving: Serving, log: Log | None = None) -> 
                 await serving.chat.served.engine.close()
             if log is not None:
                 log.close()
+            if ledger is not None:
+                await asyncio.to_thread(ledger.close)
 
     app = FastAPI(
         title="ochat_serve",
@@ -52,18 +60,22 @@ def create_app(settings: Settings, serving: Serving, log: Log | None = None) -> 
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        middleware=_middleware(settings, log),
+        middleware=_middleware(settings, log, ledger),
     )
     app.include_router(chat.router(serving, streams, settings.max_body_bytes))
     app.include_router(models.router(serving))
     app.include_router(ops.router(serving))
+    app.include_router(usage.router(ledger, time.time))
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     return app
 
 
-def _middleware(settings: Settings, log: Log | None) -> list[Middleware]:
+def _middleware(
+    settings: Settings, log: Log | None, ledger: UsageLedger | None
+) -> list[Middleware]:
     """From the outside in."""
+    writers = [*([log.write] if log else []), *([ledger.add] if ledger else [])]
     keys = ApiKeys(key.get_secret_value() for key in settings.api_keys)
     cors = Middleware(
         CORSMiddleware,
@@ -75,7 +87,7 @@ def _middleware(settings: Settings, log: Log | None) -> list[Middleware]:
     )
     return [
         *([cors] if settings.allowed_origins else []),
-        Middleware(Boundary, write=log.write if log else None, clock=time.monotonic, now=time.time),
+        Middleware(Boundary, writers=writers, clock=time.monotonic, now=time.time),
         Middleware(Auth, keys=keys),
     ]
 

@@ -87,6 +87,14 @@ class InvalidApiKey(ApiError):
         super().__init__(message, headers={"www-authenticate": "Bearer"})
 
 
+class PermissionDenied(ApiError):
+    """403: a key that may not do this."""
+
+    status = 403
+    type = "invalid_request_error"
+    default_code = "insufficient_permissions"
+
+
 class NotFound(ApiError):
     """404: no such route."""
 

@@ -22,6 +22,8 @@ from ochat_serve.loader import Loader, Share, say
 from ochat_serve.request_log import Log, RequestLog
 from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings
+from ochat_serve.usage.ledger import UsageLedger
+from ochat_serve.usage_db import open_ledger
 
 KEEP_ALIVE_TIMEOUT_S = 5
 SHUTDOWN_TIMEOUT_S = 30
@@ -47,22 +49,24 @@ def run(command: cli.Command) -> int:
     settings = command.settings
     sockets = bind(settings.host, settings.port)
     log = open_log(settings)
+    ledger = open_ledger(settings)
     host, port = sockets[0].getsockname()[:2]
     say(f"listening on http://{settings.host}:{port} ({host}); loading {settings.model}")
-    return serve(command, sockets, log)
+    return serve(command, sockets, log, ledger)
 
 
 def serve(
     command: cli.Command,
     sockets: list[socket.socket],
     log: Log | None,
+    ledger: UsageLedger | None,
     share: Share | None = None,
 ) -> int:
     """One front end, with an engine of its own or a share in one."""
     serving = Serving()
     server = _Server(
         uvicorn.Config(
-            create_app(command.settings, serving, log),
+            create_app(command.settings, serving, log, ledger),
             loop="uvloop",
             http=HttpProtocol,
             access_log=False,

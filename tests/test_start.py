@@ -53,6 +53,14 @@ def the_sentence(done: subprocess.CompletedProcess[str]) -> str:
             "--host no.such.host.invalid is",
         ),
         (["--log-file", "/no/such/folder/x.log"], "--log-file /no/such/folder/x.log cannot be"),
+        (
+            ["--usage-db", "/no/such/folder/x"],
+            "--usage-db /no/such/folder/x cannot be used: No such",
+        ),
+        (
+            ["--usage-db", "/no/such/folder/x", "--api-server-count", "2"],
+            "--usage-db /no/such/folder/x cannot be used: No such",
+        ),
         (["--config", "/no/such.yaml"], "--config /no/such.yaml cannot be read"),
     ],
 )

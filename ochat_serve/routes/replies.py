@@ -4,6 +4,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.types import Scope
 
+from ochat_serve.caller import Caller
 from ochat_serve.errors import ApiError
 from ochat_serve.request_log import RequestRecord
 
@@ -16,6 +17,15 @@ def header(scope: Scope, name: bytes) -> bytes | None:
 def record_of(request: Request) -> RequestRecord:
     record: RequestRecord = request.state.record
     return record
+
+
+def caller_of(request: Request) -> Caller:
+    """Who asks.  Without keys everybody may do everything."""
+    known: Caller | None = request.scope["state"].get("caller")
+    if known is not None:
+        return known
+    key = record_of(request).key
+    return Caller(key, role="admin" if key is None else "user")
 
 
 def error_response(error: ApiError) -> JSONResponse:
