@@ -6,7 +6,7 @@ event in the stream.
 
 import asyncio
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any, Self
 
 from ochat_serve.chat_request import ReplyForm
@@ -112,7 +112,13 @@ class _Counted:
         return self
 
     async def __aexit__(self, *error: Any) -> None:
-        await self._context.__aexit__(*error)
+        try:
+            if not self._generation.finished:
+                # What a client that has left did not read was generated, too: it counts.
+                with suppress(ApiError):
+                    self.take()
+        finally:
+            await self._context.__aexit__(*error)
 
     def listen(self, ready: Callable[[], None]) -> None:
         self._generation.listen(ready)

@@ -1,5 +1,6 @@
 """The ledger behind the server: it is the sum of the request log."""
 
+import asyncio
 import json
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -13,13 +14,14 @@ import pytest
 from ochat_serve.app import create_app
 from ochat_serve.errors import ServerFault
 from ochat_serve.generation import Delta, Update
-from ochat_serve.request_log import RequestLog
+from ochat_serve.protocol.chat import ChatCompletionRequest
+from ochat_serve.request_log import RequestLog, RequestRecord
 from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings
 from ochat_serve.usage.counters import ANONYMOUS, Counters, Row
 from ochat_serve.usage.database import sqlite_database
 from ochat_serve.usage.ledger import UsageLedger
-from tests.fakes import ScriptedEngine, Wait, service
+from tests.fakes import ScriptedEngine, Wait, service, words
 from tests.live import LiveServer, RawClient, eventually, live
 from tests.usage.accounts import EVER, sums
 
@@ -142,6 +144,20 @@ def test_what_an_aborted_stream_had_generated_counts(tmp_path: Path) -> None:
             client.read_until(b'"content":"b"')
         assert eventually(lambda: server.engine.running == 0)
     assert server.accounts()[0].counters == Counters(1, 3, 2, aborted=1)
+
+
+async def test_what_nobody_took_was_generated_too() -> None:
+    """A client that never reads would have everything for nothing."""
+    chats = service(ScriptedEngine(script=words("a", "b")))
+    record = RequestRecord(time=0, request_id="r", method="POST", path=CHAT)
+    chat = await chats.prepare(ChatCompletionRequest.model_validate(ASK), record)
+    async with chat.stream() as events:
+        ready = asyncio.Event()
+        events.listen(ready.set)
+        await ready.wait()
+    assert not events.finished
+    assert record.usage is not None
+    assert record.usage.completion_tokens == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
