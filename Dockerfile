@@ -22,7 +22,8 @@ COPY --chown=ochat ochat_serve ochat_serve
 COPY --chown=ochat configs configs
 RUN .venv/bin/python -m pip install --no-cache-dir --no-deps --no-build-isolation .
 
-ENV PATH=/app/.venv/bin:$PATH HF_HOME=/cache/huggingface OCHAT_CACHE=/cache/ochat_serve
+ENV PATH=/app/.venv/bin:$PATH HF_HOME=/cache/huggingface OCHAT_CACHE=/cache/ochat_serve \
+    XDG_STATE_HOME=/cache/state
 VOLUME /cache
 EXPOSE 18888
 # Alive is enough here: loading a model takes minutes and is no illness. HTTPS is for whoever

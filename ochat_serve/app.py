@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
@@ -24,12 +24,13 @@ from ochat_serve.middleware.boundary import Boundary
 from ochat_serve.middleware.cors import Cors
 from ochat_serve.middleware.gateway import Gateway
 from ochat_serve.middleware.host import ANY, HostCheck
-from ochat_serve.request_log import Log
-from ochat_serve.routes import chat, models, ops
+from ochat_serve.request_log import Log, RequestRecord
+from ochat_serve.routes import chat, models, ops, usage
 from ochat_serve.routes.event_stream import OpenStreams
 from ochat_serve.routes.replies import on_api_error
 from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings, is_loopback
+from ochat_serve.usage.ledger import UsageLedger
 
 logger = logging.getLogger(__name__)
 # What a page in a browser may read of an answer.
@@ -46,15 +47,18 @@ def create_app(
     settings: Settings,
     serving: Serving,
     log: Log | None = None,
+    *,
     key_file: KeyFile | None = None,
+    ledger: UsageLedger | None = None,
 ) -> FastAPI:
     """The app around ``serving``, which may become ready later.
 
-    Its shutdown closes the engine and the log.  Raises ``KeyFileError``.
+    Its shutdown closes the engine, the log and the ledger.  Raises ``KeyFileError``.
     """
     keys = KeyRing(_fixed_keys(settings), time.time)
     if key_file is not None:
         keys.replace(key_file.read().for_ring())
+    writers = [*([log.write] if log else []), *([ledger.add] if ledger else [])]
     streams = OpenStreams(settings.ping_interval_s, time.monotonic, merges=settings.merges_streams)
 
     @asynccontextmanager
@@ -76,6 +80,8 @@ def create_app(
                 await serving.chat.served.engine.close()
             if log is not None:
                 log.close()
+            if ledger is not None:
+                await asyncio.to_thread(ledger.close)
 
     app = FastAPI(
         title="ochat_serve",
@@ -84,12 +90,13 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        middleware=_middleware(settings, log, keys, serving.limits),
+        middleware=_middleware(settings, writers, keys, serving.limits),
         servers=[{"url": settings.root_path}] if settings.root_path else None,
     )
     app.include_router(chat.router(serving, streams, settings.max_body_bytes))
     app.include_router(models.router(serving))
     app.include_router(ops.router(serving))
+    app.include_router(usage.router(ledger, time.time))
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     return app
@@ -116,7 +123,10 @@ def _anonymous(settings: Settings) -> Caller | None:
 
 
 def _middleware(
-    settings: Settings, log: Log | None, keys: KeyRing, limits: Limits
+    settings: Settings,
+    writers: Sequence[Callable[[RequestRecord], None]],
+    keys: KeyRing,
+    limits: Limits,
 ) -> list[Middleware]:
     """From the outside in."""
     cors = Middleware(
@@ -132,7 +142,7 @@ def _middleware(
     return [
         Middleware(Gateway, trusted=settings.forwarded_allow_ips, root_path=settings.root_path),
         *([cors] if settings.allowed_origins else []),
-        Middleware(Boundary, write=log.write if log else None, clock=time.monotonic, now=time.time),
+        Middleware(Boundary, writers=writers, clock=time.monotonic, now=time.time),
         *([Middleware(HostCheck, allowed=settings.allowed_hosts)] if checks_host else []),
         Middleware(Auth, gate=gate, limits=limits),
     ]

@@ -107,8 +107,8 @@ class ChatService:
         check_sampling(request, self._limits)
         prompt = conversation(request)
         prompt_token_ids = await self.served.prompts.render(prompt)
-        record.usage = Usage(prompt_tokens=len(prompt_token_ids))
         options = sampling_options(request, self._limits, len(prompt_token_ids))
+        record.usage = Usage(prompt_tokens=len(prompt_token_ids))
         record.parameters = _logged(options, form)
         chat = Chat(
             head=ReplyHead(

@@ -32,6 +32,8 @@ _EPILOG = """Every vLLM engine flag works too and is passed through unchanged
 (--tensor-parallel-size N, --max-model-len N, --dtype ...): --help=all lists them."""
 _OLD_SWITCHES = ("disable_log_requests", "engine_use_ray", "worker_use_ray")
 KEY_FILE_VARIABLE = "OCHAT_KEY_FILE"
+# What must not be shown, whatever is wrong with it.
+_HIDDEN = (*SECRETS, "usage_db")
 _JSON_LISTS = ("allowed_origins", "allowed_methods", "allowed_headers")
 
 
@@ -209,7 +211,7 @@ def _settings(fields: Mapping[str, Any]) -> Settings:
         if not first["loc"]:
             raise StartupError(f"{message}.") from error
         name = str(first["loc"][0])
-        value = "" if name in SECRETS else f" {shlex.quote(str(first['input']))}"
+        value = "" if name in _HIDDEN else f" {shlex.quote(str(first['input']))}"
         raise StartupError(f"{_flag(name)}{value}: {message}.") from error
 
 

@@ -1,7 +1,7 @@
 """Several front-end processes over one engine: ``--api-server-count``.
 
 The parent binds the port, launches the engine and writes the request log; each front end is the
-whole server of ``server`` with an engine that it shares.
+whole server of ``server`` with an engine that it shares.  Each adds to the one usage database.
 """
 
 import multiprocessing
@@ -11,7 +11,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ochat_serve import cli
+from ochat_serve import cli, usage_db
 from ochat_serve.errors import StartupError
 from ochat_serve.loader import PHASES, Share, prepare_engine, say
 from ochat_serve.request_log import RequestLog, RequestRecord
@@ -57,6 +57,7 @@ def run(command: cli.Command) -> int:
     open_key_file(settings)
     sockets = bind_for_each(settings.host, settings.port, count)
     log = open_log(settings)
+    usage_db.check(settings)  # one sentence from here, instead of one from each front end
     lines = multiprocessing.get_context("spawn").Queue() if log is not None else None
     writer = threading.Thread(target=_write, args=(log, lines), name="request log")
     if log is not None:
@@ -89,7 +90,8 @@ def front_end(work: Work, connection: dict[str, Any]) -> int:
     log = SentLog(work.lines, content=work.log_content) if work.lines is not None else None
     share = Share(connection, work.parent)
     try:
-        return serve(work.command, work.sockets[share.index], log, share)
+        ledger = usage_db.open_ledger(work.command.settings)
+        return serve(work.command, work.sockets[share.index], log, ledger, share)
     except StartupError as error:
         say(f"front end {share.index + 1}: {error}")
         return 1

@@ -4,6 +4,7 @@ Tokens are reserved before a request begins (its prompt and the longest answer i
 settled at its end, so requests that run at the same time cannot use the same tokens twice.
 """
 
+import asyncio
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -85,7 +86,7 @@ class _Use:
 
 class MemoryLimits:
     """``Limits`` of one process.  ``now`` gives Unix seconds; ``used_before`` the tokens that a key
-    has used in a day or month before this process began (blocks)."""
+    has used in a day or month before this process began (it may block, and raise ``ApiError``)."""
 
     def __init__(
         self,
@@ -113,11 +114,12 @@ class MemoryLimits:
     async def reserve(self, caller: Caller, tokens: int) -> tuple[Reservation, Mapping[str, str]]:
         now = self._now()
         use, limits, periods = self._of(caller, now), caller.limits, self._periods(now)
+        await self._learn(use, caller, periods)
         if limits.parallel_requests is not None and use.parallel >= limits.parallel_requests:
             raise parallel_limited(caller, limits.parallel_requests)
         for period, quota in zip(periods, quotas(caller), strict=True):
             if quota is not None:
-                left = quota - self._used_in(use, caller, period)
+                left = quota - use.periods[period.name]
                 if left <= 0:
                     raise quota_exceeded(caller, quota, period, now)
                 # The last request before the end may go over it, but only one.
@@ -158,18 +160,20 @@ class MemoryLimits:
         use.tokens.level -= tokens
         return headers("tokens", limit, use.tokens.level)
 
-    def _used_in(self, use: _Use, caller: Caller, period: Period) -> int:
-        assert caller.name is not None
-        if period.name not in use.periods:
-            use.periods[period.name] = self._used_before(caller.name, period.name)
-        return use.periods[period.name]
+    async def _learn(self, use: _Use, caller: Caller, periods: tuple[Period, Period]) -> None:
+        """What was used before, once a period."""
+        for period, quota in zip(periods, quotas(caller), strict=True):
+            if quota is not None and period.name not in use.periods:
+                assert caller.name is not None
+                used = await asyncio.to_thread(self._used_before, caller.name, period.name)
+                use.periods.setdefault(period.name, used)
 
     def _count(
         self, use: _Use, periods: tuple[Period, Period], caller: Caller, tokens: int
     ) -> None:
         for period, quota in zip(periods, quotas(caller), strict=True):
             if quota is not None:
-                use.periods[period.name] = self._used_in(use, caller, period) + tokens
+                use.periods[period.name] = use.periods.get(period.name, 0) + tokens
         if len(use.periods) > 4:  # yesterday's, and last month's
             use.periods = {
                 period.name: use.periods[period.name]

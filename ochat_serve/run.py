@@ -6,7 +6,7 @@ counts stand in the record.
 
 import asyncio
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -98,11 +98,12 @@ class Run:
 
     async def __aenter__(self) -> Self:
         terms = self._terms
-        if terms.caller.is_limited:
-            self._reservation = await self._reserve(terms)
         try:
+            if terms.caller.is_limited:
+                self._reservation = await self._reserve(terms)
             await self._enter(terms)
         except BaseException:
+            self.record.usage = None  # nothing was used
             await self._settle()
             raise
         return self
@@ -115,8 +116,9 @@ class Run:
 
     async def _settle(self) -> None:
         if self._reservation is not None:
-            used = self.usage.prompt_tokens + self.usage.completion_tokens
-            await self._limits.settle(self._reservation, used if self._reached_engine else 0)
+            used = self.record.usage
+            tokens = used.prompt_tokens + used.completion_tokens if used else 0
+            await self._limits.settle(self._reservation, tokens)
 
     async def _enter(self, terms: Terms) -> None:
         self._ticket = self._admission.enter(
@@ -144,20 +146,26 @@ class Run:
                 self._starting.cancel()
                 await asyncio.wait((self._starting,))
             if self._generation is not None:
+                self._count_unread()
                 await self._context.__aexit__(*error)
         finally:
             self._leave()
             await self._settle()
 
-    @property
-    def _reached_engine(self) -> bool:
-        return self._generation is not None
+    def _count_unread(self) -> None:
+        """What a client that has left did not read was generated, too."""
+        assert self._generation is not None
+        if not self._generation.finished:
+            with suppress(ApiError):
+                self._next(self._generation)
 
     def _leave(self) -> None:
         self._timer.cancel()
         if self._queue_timer is not None:
             self._queue_timer.cancel()
         self._running.discard(self)
+        if self._generation is None:
+            self.record.usage = None
         self._admission.leave(self._ticket, self.usage.completion_tokens)
 
     def _start_soon(self) -> None:
@@ -216,9 +224,10 @@ class Run:
     def take(self) -> Update | None:
         if self._failure is not None:
             raise self._failure.with_traceback(None)  # one error may be many chats'
-        if self._generation is None:
-            return None
-        update = self._generation.take()
+        return None if self._generation is None else self._next(self._generation)
+
+    def _next(self, generation: Generation) -> Update | None:
+        update = generation.take()
         if update is None:
             return None
         if self.record.first_token_s is None:

@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import socket
+import time
 from collections.abc import Iterator
 
 import setproctitle
@@ -17,14 +18,18 @@ import uvicorn
 
 from ochat_serve import cli
 from ochat_serve.app import create_app
+from ochat_serve.clock import periods
 from ochat_serve.errors import StartupError
 from ochat_serve.http_protocol import HttpProtocol
 from ochat_serve.key_file import KeyFile, KeyFileError
+from ochat_serve.limits import Limits, MemoryLimits
 from ochat_serve.loader import Loader, Share, say
 from ochat_serve.request_log import Log, RequestLog
 from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings
 from ochat_serve.tls import Certificate, kept_fresh
+from ochat_serve.usage.ledger import UsageLedger
+from ochat_serve.usage_db import open_ledger, used_before
 
 KEEP_ALIVE_TIMEOUT_S = 5
 SHUTDOWN_TIMEOUT_S = 30
@@ -51,24 +56,32 @@ def run(command: cli.Command) -> int:
     open_key_file(settings)  # a bad one is told before the port is taken
     sockets = bind(settings.host, settings.port)
     log = open_log(settings)
+    ledger = open_ledger(settings)
     host, port = sockets[0].getsockname()[:2]
     where = f"{settings.scheme}://{settings.host}:{port} ({host})"
     say(f"listening on {where}; loading {settings.model}")
-    return serve(command, sockets, log)
+    return serve(command, sockets, log, ledger)
 
 
 def serve(
     command: cli.Command,
     sockets: list[socket.socket],
     log: Log | None,
+    ledger: UsageLedger | None,
     share: Share | None = None,
 ) -> int:
     """One front end, with an engine of its own or a share in one."""
-    serving = Serving()
+    serving = Serving(limits=_limits(ledger))
     certificate = open_certificate(command.settings)
     server = _Server(
         uvicorn.Config(
-            create_app(command.settings, serving, log, open_key_file(command.settings)),
+            create_app(
+                command.settings,
+                serving,
+                log,
+                key_file=open_key_file(command.settings),
+                ledger=ledger,
+            ),
             loop="ochat_serve.event_loop:EventLoop",
             http=HttpProtocol,
             access_log=False,
@@ -95,6 +108,12 @@ def serve(
         os._exit(0)
     # Nothing was loaded and nothing is said: a bug, and the loader has shown its traceback.
     return 0 if serving.chat is not None else 1
+
+
+def _limits(ledger: UsageLedger | None) -> Limits:
+    if ledger is None:
+        return MemoryLimits(time.time, periods)
+    return MemoryLimits(time.time, periods, used_before(ledger))
 
 
 def prepare(command: cli.Command) -> None:

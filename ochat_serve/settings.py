@@ -19,6 +19,8 @@ from pydantic import (
 )
 
 AUTO: Literal["auto"] = "auto"
+NONE: Literal["none"] = "none"
+POSTGRES_SCHEMES = ("postgresql://", "postgres://")
 MAX_STREAM_PERIOD = 1000
 
 
@@ -58,6 +60,21 @@ def _sub_path(value: str) -> str:
     if re.fullmatch(r"(/[A-Za-z0-9._~-]+)*/?", value):
         return value.removesuffix("/")
     raise ValueError("must be a path such as /llm")
+
+
+def _usage_place(value: SecretStr) -> SecretStr:
+    text = value.get_secret_value()
+    if text.startswith(POSTGRES_SCHEMES):
+        # Elsewhere an @ or a / of the password's would make libpq take the rest of it for a
+        # host or a port, and those stand in its errors.
+        if re.fullmatch(r"\w+://([^@/?]*@)?[^@]+", text) is None:
+            raise ValueError("write @ as %40, / as %2F and ? as %3F in a name or a password")
+    elif not text or "://" in text or "\0" in text:
+        raise ValueError("must be a file, a postgresql:// address or 'none'")
+    return value
+
+
+UsagePlace = Annotated[SecretStr, AfterValidator(_usage_place)]
 
 
 class Settings(BaseModel):
@@ -217,6 +234,14 @@ class Settings(BaseModel):
     log_max_count: int = Field(10, ge=1, description="Rotated log files to keep.")
     log_content: bool = Field(
         False, description="Write requests and answers into the log, not only their metadata."
+    )
+
+    # Usage
+    usage_db: UsagePlace | None = Field(
+        None,
+        description="Where usage per key and day is kept: a file, a postgresql:// address, or "
+        "'none'. Default: with keys, ~/.local/state/ochat_serve/usage.sqlite (or below "
+        "XDG_STATE_HOME); without keys, none.",
     )
 
     @model_validator(mode="after")

@@ -30,6 +30,7 @@ LAYERS = (
         "detokenizing",
         "request_log",
         "tls",
+        "usage",
     ),
     ("engine", "tokenizer", "demo_model", "model_source"),
     ("clock", "chat_request", "run", "chat", "chat_service", "health", "serving"),
@@ -42,6 +43,7 @@ LAYERS = (
         "front_ends",
         "loader",
         "http_protocol",
+        "usage_db",
         "cli",
     ),
 )
@@ -73,6 +75,7 @@ ONLY_IN = {
     "transformers": {"tokenizer", "demo_model"},
     "torch": {"demo_model"},
     "argparse": {"cli", "keys"},
+    "psycopg": {"usage"},
     "uvicorn": {"server", "loader", "http_protocol"},
 }
 MAY_READ_ENVIRONMENT = {L2, L5}
@@ -202,6 +205,8 @@ def test_every_name_in_the_table_is_a_module():
         ("templates.hf", "from ..key_ring import KeyRing", "imports key_ring"),
         ("request_log", "from ochat_serve import engine", "imports engine"),
         ("request_log", "from datetime import datetime", "imports datetime"),
+        ("request_log", "from ochat_serve.usage import counters", "imports usage"),
+        ("usage_db", "import psycopg", "imports psycopg"),
         ("key_ring", "import os\nKEY = os.environ['KEY']", "reads the environment"),
         ("key_ring", "from os import getenv", "reads the environment"),
         ("tokenizer", "from ochat_serve.engine import VllmEngine", "imports engine"),
@@ -255,7 +260,7 @@ def test_the_app_needs_no_model_libraries():
     """So most tests start in no time, and the front end stays thin."""
     loaded = loaded_after("import ochat_serve.app")
     assert "fastapi" in loaded
-    assert loaded.isdisjoint({"vllm", "torch", "ray", "transformers", "tokenizers"})
+    assert loaded.isdisjoint({"vllm", "torch", "ray", "transformers", "tokenizers", "psycopg"})
 
 
 def test_the_entry_imports_next_to_nothing():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from ochat_serve.cli import SECRETS, Command, parse, parser
 from ochat_serve.errors import StartupError
@@ -77,6 +78,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "log_max_mb": (["1"], 1),
     "log_max_count": (["2"], 2),
     "log_content": ([], True),
+    "usage_db": (["usage.sqlite"], SecretStr("usage.sqlite")),
 }
 
 

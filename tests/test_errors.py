@@ -13,6 +13,7 @@ from ochat_serve.errors import (
     MethodNotAllowed,
     ModelNotFound,
     NotFound,
+    PermissionDenied,
     ServerFault,
     StartupError,
     Unavailable,
@@ -55,6 +56,14 @@ TABLE: list[tuple[ApiError, int, str, str | None, str | None, dict[str, str]]] =
         "invalid_api_key",
         None,
         {"www-authenticate": "Bearer"},
+    ),
+    (
+        PermissionDenied("x"),
+        403,
+        "invalid_request_error",
+        "insufficient_permissions",
+        None,
+        {},
     ),
     (NotFound("x"), 404, "invalid_request_error", None, None, {}),
     (

@@ -64,6 +64,14 @@ def the_sentence(done: subprocess.CompletedProcess[str]) -> str:
             ["--ssl-certfile", "/no/such.pem", "--ssl-keyfile", "/no/such.key"],
             "--ssl-certfile /no/such.pem cannot be read",
         ),
+        (
+            ["--usage-db", "/no/such/folder/x"],
+            "--usage-db /no/such/folder/x cannot be used: No such",
+        ),
+        (
+            ["--usage-db", "/no/such/folder/x", "--api-server-count", "2"],
+            "--usage-db /no/such/folder/x cannot be used: No such",
+        ),
         (["--config", "/no/such.yaml"], "--config /no/such.yaml cannot be read"),
         (["--key-file", "/no/such.json"], "The key file /no/such.json cannot be read: No such"),
     ],

@@ -108,7 +108,7 @@ class TextGeneration:
     def take(self) -> Update | None:
         if self._collector.output is not None:
             _raise_failure(self._collector)
-        if not self._waiting:
+        if not (self._waiting or self._num_tokens):
             return None
         reason = self._finish_reason
         self.finished = reason is not None

@@ -1,12 +1,12 @@
 """The outermost layer: every request enters and leaves here.
 
 It gives the request its id, turns what nobody expected into an error body, and hands one
-record per API request to the log, whatever became of the request.
+record per API request to the log and the ledger, whatever became of the request.
 """
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from secrets import token_hex
 
 from starlette.datastructures import MutableHeaders
@@ -25,17 +25,18 @@ _MAX_LOGGED_PATH = 256
 
 
 class Boundary:
-    """Wraps the whole app.  ``write`` takes each finished record; None keeps no log."""
+    """Wraps the whole app.  Each finished record is given to all ``writers``: what one of them
+    sums up is the sum of what another writes down."""
 
     def __init__(
         self,
         app: ASGIApp,
-        write: Callable[[RequestRecord], None] | None,
+        writers: Sequence[Callable[[RequestRecord], None]],
         clock: Callable[[], float],
         now: Callable[[], float],
     ) -> None:
         self._app = app
-        self._write = write
+        self._writers = writers
         self._clock = clock
         self._now = now
 
@@ -94,5 +95,6 @@ class Boundary:
         if record.outcome is None:
             ok = record.error is None and record.status is not None and record.status < 400
             record.outcome = "finished" if ok else "failed"
-        if self._write is not None and record.path.startswith(_LOGGED_PREFIX):
-            self._write(record)
+        if record.path.startswith(_LOGGED_PREFIX):
+            for write in self._writers:
+                write(record)

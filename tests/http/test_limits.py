@@ -1,6 +1,7 @@
 """Limits of a key, as its clients see them."""
 
 import json
+import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -9,10 +10,15 @@ import pytest
 
 from ochat_serve import keys
 from ochat_serve.app import create_app
+from ochat_serve.clock import periods
 from ochat_serve.generation import EngineInfo
 from ochat_serve.key_file import KeyFile
+from ochat_serve.limits import MemoryLimits
 from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings
+from ochat_serve.usage.database import sqlite_database
+from ochat_serve.usage.ledger import UsageLedger
+from ochat_serve.usage_db import used_before
 from tests.fakes import ScriptedEngine, Wait, service, words
 from tests.live import LiveServer, RawClient, eventually, live
 
@@ -30,13 +36,17 @@ class Limited:
         info = EngineInfo(max_model_len=1_000, vocab_size=1_000, version="0")
         self.engine = ScriptedEngine(info=info)
 
-    def start(self, limits: str) -> AbstractContextManager[LiveServer]:
-        assert keys.main(["--key-file", self._file, "add", "alice", *limits.split()]) == 0
-        self.key = self._capsys.readouterr().out.strip()
+    def start(
+        self, limits: str, serving: Serving | None = None, ledger: UsageLedger | None = None
+    ) -> AbstractContextManager[LiveServer]:
+        if not Path(self._file).exists():
+            assert keys.main(["--key-file", self._file, "add", "alice", *limits.split()]) == 0
+            self.key = self._capsys.readouterr().out.strip()
         settings = Settings(key_file=self._file)
-        self.serving = Serving()
+        self.serving = serving or Serving()
         self.serving.chat = service(self.engine, settings, limits=self.serving.limits)
-        return live(create_app(settings, self.serving, key_file=KeyFile(self._file)))
+        key_file = KeyFile(self._file)
+        return live(create_app(settings, self.serving, key_file=key_file, ledger=ledger))
 
     @property
     def headers(self) -> dict[str, str]:
@@ -149,3 +159,17 @@ def test_keys_without_limits_have_no_such_headers(limited: Limited) -> None:
         answer = limited.ask(server)
         assert answer.status_code == 200
         assert not [name for name in answer.headers if name.startswith("x-ratelimit")]
+
+
+def test_a_quota_goes_on_where_the_ledger_stands(
+    limited: Limited, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A restart gives nobody a fresh day."""
+    place = str(tmp_path / "usage.sqlite")
+    statuses = []
+    for _ in range(3):
+        ledger = UsageLedger(sqlite_database(place), anonymous=False)
+        serving = Serving(limits=MemoryLimits(time.time, periods, used_before(ledger)))
+        with limited.start("--tokens-per-day 9", serving, ledger) as server:
+            statuses.append(limited.ask(server).status_code)
+    assert statuses == [200, 200, 429]
