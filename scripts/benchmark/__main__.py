@@ -24,7 +24,15 @@ import uvloop
 
 from scripts.benchmark import cases, report
 from scripts.benchmark.load import drive
-from scripts.benchmark.servers import MODEL, OURS_AUTO, OURS_PERIOD_1, VLLM, Contender, running
+from scripts.benchmark.servers import (
+    MODEL,
+    OURS_AUTO,
+    OURS_GUARDED,
+    OURS_PERIOD_1,
+    VLLM,
+    Contender,
+    running,
+)
 
 ROOT = Path(__file__).parents[2]
 SIM = Path(__file__).parent / "sim"
@@ -53,7 +61,11 @@ def arguments() -> argparse.Namespace:
         "--cases", nargs="*", default=(), metavar="NAME", help="only these cases (default: all)"
     )
     parser.add_argument(
-        "--only", nargs="*", default=(), metavar="SERVER", help="only these servers (default: all)"
+        "--only",
+        nargs="*",
+        default=(),
+        metavar="SERVER",
+        help="only these servers (default: all without guards)",
     )
     parser.add_argument(
         "--api-server-count", type=int, default=1, help="front ends of every server (default: 1)"
@@ -113,9 +125,10 @@ async def measure(
     flags: Sequence[str],
     environ: Mapping[str, str],
     output: Path,
+    scratch: Path,
 ) -> report.Run:
     """One start of one server through every case."""
-    async with running(contender, flags, environ, output) as server:
+    async with running(contender, flags, environ, output, scratch) as server:
         await drive(server.port, cases.warm_up(MODEL))
         found: dict[str, report.Figures] = {}
         for case in chosen:
@@ -191,8 +204,8 @@ async def main() -> None:
     chosen = chosen_cases(args)
     contenders = [
         contender
-        for contender in (VLLM, OURS_PERIOD_1, OURS_AUTO)
-        if not args.only or contender.name in args.only
+        for contender in (VLLM, OURS_PERIOD_1, OURS_AUTO, OURS_GUARDED)
+        if contender.name in args.only or not (args.only or contender.guarded)
     ]
     with tempfile.TemporaryDirectory() as scratch:
         flags, environ = engine(args, Path(scratch))
@@ -204,7 +217,7 @@ async def main() -> None:
         for number in range(args.rounds):
             for contender in contenders:
                 output = args.out / f"{contender.name.replace(', ', '-').replace(' ', '-')}.log"
-                run = await measure(contender, chosen, served, environ, output)
+                run = await measure(contender, chosen, served, environ, output, Path(scratch))
                 runs.append({"round": number, **run})
             if not args.smoke:
                 limits += [{"round": number, **it} for it in direct(chosen, flags, environ)]

@@ -19,6 +19,8 @@ WORDS = (  # noqa: SIM905 - as a list it would be a page
     "business issue side kind head house service friend father power hour game line end member "
     "law car city community name president team minute idea kid body information back parent face"
 ).split()
+# Sent to every server; those that have no keys do not look.
+KEY = "sk-bench"
 END = b"0\r\n\r\n"
 TIMEOUT_S = 300.0
 
@@ -147,7 +149,8 @@ async def drive(
     seen, others = Seen(), Seen()
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
-        "Content-Type: application/json\r\nAccept: */*\r\nUser-Agent: bench\r\nContent-Length: "
+        f"Content-Type: application/json\r\nAccept: */*\r\nAuthorization: Bearer {KEY}\r\n"
+        "User-Agent: bench\r\nContent-Length: "
     )
     loop = asyncio.get_running_loop()
 

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import psutil
 
+from ochat_serve.caller import KeyLimits, digest_of
+from ochat_serve.key_file import Entry, KeyFile, Secret
 from scripts.benchmark.cases import SHORT_TOKENS
-from scripts.benchmark.load import body, drive
+from scripts.benchmark.load import KEY, body, drive
 
 START_TIMEOUT_S = 600
 STOP_TIMEOUT_S = 60
@@ -27,11 +29,16 @@ MODEL = "bench"
 
 @dataclass(frozen=True)
 class Contender:
-    """A server to start: ``name`` in the tables, ``module`` to run, its own flags."""
+    """A server to start: ``name`` in the tables, ``module`` to run, its own flags.  ``guarded``:
+    with everything on that protects a public server."""
 
     name: str
     module: str
     flags: tuple[str, ...] = ()
+    guarded: bool = False
+
+    def all_flags(self, scratch: Path) -> list[str]:
+        return [*self.flags, *(_guards(scratch) if self.guarded else ())]
 
 
 VLLM = Contender("vllm", "vllm.entrypoints.openai.api_server")
@@ -39,6 +46,24 @@ OURS_PERIOD_1 = Contender(
     "ours, period 1", "ochat_serve.openai_api_server", ("--stream-period", "1")
 )
 OURS_AUTO = Contender("ours, auto", "ochat_serve.openai_api_server")
+OURS_GUARDED = Contender(
+    "ours, guarded", "ochat_serve.openai_api_server", ("--stream-period", "1"), guarded=True
+)
+
+
+def _guards(scratch: Path) -> list[str]:
+    """A key with limits that are never reached, the log, the ledger."""
+    key_file = KeyFile(str(scratch / "keys.json"))
+    limits = dict.fromkeys(KeyLimits.__slots__, 10**12)
+    secret = Secret(sha256=digest_of(KEY.encode()).hex(), created="2026-01-01T00:00:00Z")
+    with key_file.edited() as content:
+        content.keys["bench"] = Entry(secrets=[secret], **limits)
+    places = {
+        "--key-file": key_file.path,
+        "--log-file": scratch / "requests.log",
+        "--usage-db": scratch / "usage.sqlite",
+    }
+    return [str(word) for pair in places.items() for word in pair]
 
 
 @dataclass(frozen=True)
@@ -87,11 +112,15 @@ def _cpu_s(process: psutil.Process) -> float:
 
 @contextlib.asynccontextmanager
 async def running(
-    contender: Contender, flags: Sequence[str], environ: Mapping[str, str], output: Path
+    contender: Contender,
+    flags: Sequence[str],
+    environ: Mapping[str, str],
+    output: Path,
+    scratch: Path,
 ) -> AsyncIterator[Running]:
     """Start ``contender`` and wait for its first answer; stop it at the end."""
     port = _free_port()
-    command = [sys.executable, "-m", contender.module, *contender.flags, *flags]
+    command = [sys.executable, "-m", contender.module, *contender.all_flags(scratch), *flags]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL]
     started = time.perf_counter()
     with output.open("wb") as stream:
