@@ -218,6 +218,16 @@ def test_whoever_fills_the_queue_makes_room_for_others() -> None:
     assert len(clients.refused) == 4
 
 
+def test_whoever_fills_it_with_tokens_makes_room_too() -> None:
+    clients = Clients(admission(slots=1, max_queue_tokens=100))
+    clients.come("a0", "a")
+    clients.come("a1", "a", tokens=80)
+    for number in range(3):
+        clients.come(f"b{number}", "b", tokens=5)
+    clients.come("c0", "c", tokens=10)
+    assert clients.refused == ["a1"]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_whatever_happens_nothing_is_lost(seed: int) -> None:
     """Random fates: everybody is admitted, refused or gone, and at the end all is free."""

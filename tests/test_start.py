@@ -140,7 +140,7 @@ def planted(server: ServerProcess, key: str) -> list[str]:
     ]
     answers = [httpx.post(server.url + "/v1/chat/completions", **place) for place in places]
     for path in ("/metrics", "/openapi.json", "/version", "/v1/models"):
-        for used in (key, wrong, "sk-BOSS"):
+        for used in (key, wrong, "sk-KEY-BOSS"):
             headers = {"authorization": f"Bearer {used}"}
             answers.append(httpx.get(server.url + path, headers=headers))
     assert {200, 400, 401, 403} <= {answer.status_code for answer in answers}
@@ -150,7 +150,8 @@ def planted(server: ServerProcess, key: str) -> list[str]:
 def titles(server: ServerProcess) -> list[str]:
     """What others on this machine can see of the server's processes."""
     processes = [psutil.Process(server.process.pid), *server.children()]
-    return [f"{process.name()} {process.cmdline()}" for process in processes]
+    shown = [f"{process.name()} {process.cmdline()}" for process in processes]
+    return shown + [str(child.environ()) for child in server.children()]
 
 
 def test_a_wrong_key_is_told_before_the_port_is_bound(tmp_path: Path) -> None:
@@ -198,7 +199,7 @@ def test_the_old_command_line_from_the_first_second_to_the_last(tmp_path: Path) 
         "--max-model-len", "1024",
         output=tmp_path / "output.txt",
         VLLM_CPU_KVCACHE_SPACE="1",
-        OCHAT_ADMIN_KEYS="sk-BOSS",
+        OCHAT_ADMIN_KEYS="sk-KEY-BOSS",
     ) as server:  # fmt: skip
         server.wait_until_answering()
         key = {"authorization": "Bearer sk-KEY2"}

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import httpx
 import pytest
 
+from ochat_serve.admission import Admission
 from ochat_serve.app import create_app
 from ochat_serve.errors import InvalidRequest
 from ochat_serve.generation import Delta, Update
@@ -96,11 +97,32 @@ def test_who_waits_too_long_never_reaches_the_engine(stream: bool) -> None:
 
 
 def test_the_queues_deadline_ends_with_the_queue() -> None:
-    with Busy(queue_timeout_s=0.3).running() as busy:
+    with Busy(queue_timeout_s=0.4).running() as busy:
+        second = Wait()
+        first = busy.ask()
+        assert busy.occupied()
         waited = busy.ask()
-        assert not eventually(waited.done, within_s=0.6)
+        assert busy.occupied(waiting=1)
+        busy.engine.script = [second, *words("slow")]
         busy.release()
+        assert first.result().status_code == 200
+        assert not eventually(waited.done, within_s=0.8)
+        busy.server.loop.call_soon_threadsafe(second.go.set)
         assert waited.result().status_code == 200
+
+
+def test_a_first_token_lets_the_next_prompt_in() -> None:
+    """No more than two steps' worth of prompts are in prefill."""
+    with Busy().running() as busy:
+        begun = Wait()
+        busy.engine.script = [begun, Update([Delta(0, "a", 1)]), busy.wait, *words("b")]
+        busy.chat.admission = Admission(slots=8, max_queue=8, max_queue_tokens=100, step_tokens=1)
+        answers = [busy.ask() for _ in range(2)]  # of two tokens each
+        assert busy.occupied(waiting=1)
+        busy.server.loop.call_soon_threadsafe(begun.go.set)
+        assert busy.occupied(running=2)
+        busy.release()
+        assert [answer.result().status_code for answer in answers] == [200, 200]
 
 
 @BOTH
