@@ -192,7 +192,7 @@ class Admission:
         """In the queue: the key that fills most of it gives way, be it this one.  Raises
         ``Unavailable``."""
         while self._is_full(ticket):
-            largest = max(self._queue, key=self._share)
+            largest = max(self._queue, key=self._share, default=line)
             own = self._share(line) + self._share(
                 _Line(0, 0, deque([ticket]), ticket.prompt_tokens)
             )
