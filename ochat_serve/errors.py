@@ -107,6 +107,14 @@ class MethodNotAllowed(ApiError):
     type = "invalid_request_error"
 
 
+class RequestTimeout(ApiError):
+    """408: the request came too slowly."""
+
+    status = 408
+    type = "invalid_request_error"
+    default_code = "request_timeout"
+
+
 class BodyTooLarge(ApiError):
     """413."""
 
@@ -118,6 +126,13 @@ class UnsupportedMediaType(ApiError):
     """415: the body is not said to be JSON."""
 
     status = 415
+    type = "invalid_request_error"
+
+
+class HeadersTooLarge(ApiError):
+    """431: the request line and headers together, or their number."""
+
+    status = 431
     type = "invalid_request_error"
 
 

@@ -24,7 +24,14 @@ STOP_TIMEOUT_S = 40
 class LiveServer:
     """``url`` is where it listens; ``call`` runs a coroutine on its event loop."""
 
-    def __init__(self, app: FastAPI, protocol: type[asyncio.Protocol] = HttpProtocol) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        protocol: type[asyncio.Protocol] = HttpProtocol,
+        loop_factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
+    ) -> None:
+        self._loop_factory = loop_factory
+        self.unhandled: list[dict[str, Any]] = []  # what no code caught, told to the event loop
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -42,9 +49,11 @@ class LiveServer:
     def _run(self) -> None:
         async def main() -> None:
             self.loop = asyncio.get_running_loop()
+            self.loop.set_exception_handler(lambda _, context: self.unhandled.append(context))
             await self._server.serve(sockets=[self._socket])
 
-        asyncio.run(main())
+        with asyncio.Runner(loop_factory=self._loop_factory) as runner:
+            runner.run(main())
 
     def start(self) -> None:
         self._thread.start()
@@ -54,14 +63,23 @@ class LiveServer:
         self._server.should_exit = True
         self._thread.join(STOP_TIMEOUT_S)
         assert not self._thread.is_alive()
+        assert self.unhandled == []
+
+    @property
+    def connections(self) -> int:
+        return len(self._server.server_state.connections)
 
     def call(self, coroutine: Coroutine[Any, Any, T], timeout_s: float = 60) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout_s)
 
 
 @contextlib.contextmanager
-def live(app: FastAPI, protocol: type[asyncio.Protocol] = HttpProtocol) -> Iterator[LiveServer]:
-    server = LiveServer(app, protocol)
+def live(
+    app: FastAPI,
+    protocol: type[asyncio.Protocol] = HttpProtocol,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
+) -> Iterator[LiveServer]:
+    server = LiveServer(app, protocol, loop_factory)
     server.start()
     try:
         yield server

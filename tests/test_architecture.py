@@ -22,7 +22,7 @@ LAYERS = (
     ("engine", "tokenizer", "demo_model", "model_source"),
     ("chat_request", "chat", "chat_service", "serving"),
     ("app", "routes", "middleware"),
-    ("openai_api_server", "server", "front_ends", "loader", "http_protocol", "cli"),
+    ("openai_api_server", "server", "front_ends", "loader", "http_protocol", "http_bounds", "cli"),
 )
 LAYER_OF = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 L0, L1, L2, L3, L4, L5 = range(6)
