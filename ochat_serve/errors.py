@@ -7,6 +7,8 @@ libraries: L4 turns an ``ApiError`` into a response, ``streaming`` turns one int
 
 from typing import Any, ClassVar
 
+_MAX_SHOWN_DIGITS = 20
+
 
 class ApiError(Exception):
     """An error with an HTTP status.  ``message`` is one or two sentences for a person."""
@@ -152,6 +154,12 @@ class Unavailable(ApiError):
 
     def __init__(self, message: str, *, code: str, retry_after_s: int) -> None:
         super().__init__(message, code=code, retry_after_s=retry_after_s)
+
+
+def shortened(number: object) -> str:
+    """A number for a sentence: JSON's can have thousands of digits."""
+    text = str(number)
+    return text if len(text) <= _MAX_SHOWN_DIGITS else f"{text[:_MAX_SHOWN_DIGITS]}..."
 
 
 class StartupError(Exception):

@@ -15,6 +15,7 @@ from tests.live import LiveServer, RawClient, live
 
 CHAT = "/v1/chat/completions"
 JSON = {"content-type": "application/json"}
+ASK = {"messages": [{"role": "user", "content": "x"}]}
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,9 @@ def test_many_wrong_items_cost_no_more_than_one() -> None:
         {"messages": [0] * 2_000},
         {"messages": [{"role": "user", "content": "x"}] * 3_000},
         {"messages": [{"role": "user", "content": [0] * 3_000}]},
+        {**ASK, "logit_bias": dict.fromkeys(map(str, range(3_000)), "")},
+        {**ASK, "metadata": dict.fromkeys(map(str, range(3_000)), 0)},
+        {**ASK, "stop": [0] * 3_000},
     ]
     for body in bodies:
         with pytest.raises(ValidationError) as caught:
