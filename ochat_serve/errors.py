@@ -69,10 +69,11 @@ class ContextLengthExceeded(InvalidRequest):
 
     default_code = "context_length_exceeded"
 
-    def __init__(self, max_model_len: int, prompt_tokens: int) -> None:
+    def __init__(self, max_model_len: int, prompt_tokens: int, *, at_least: bool = False) -> None:
+        count = f"at least {prompt_tokens}" if at_least else str(prompt_tokens)
         super().__init__(
             f"This model's maximum context length is {max_model_len} tokens. However, your "
-            f"messages resulted in {prompt_tokens} tokens. Please reduce the length of the "
+            f"messages resulted in {count} tokens. Please reduce the length of the "
             "messages.",
             param="messages",
         )

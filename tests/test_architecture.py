@@ -18,7 +18,15 @@ ROOT = Path(__file__).parents[1]
 # A package stands for all of its modules.
 LAYERS = (
     ("__init__", "protocol", "generation", "caller", "settings", "errors"),
-    ("templates", "streaming", "keys", "remembered", "detokenizing", "request_log"),
+    (
+        "templates",
+        "streaming",
+        "keys",
+        "remembered",
+        "detokenizing",
+        "token_bytes",
+        "request_log",
+    ),
     ("engine", "tokenizer", "demo_model", "model_source"),
     ("chat_request", "chat", "chat_service", "serving"),
     ("app", "routes", "middleware"),
