@@ -10,8 +10,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ochat_serve.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
+from ochat_serve.errors import (
+    ContextLengthExceeded,
+    InvalidRequest,
+    UnsupportedParameter,
+    shortened,
+)
 from ochat_serve.generation import ChatTurn, Conversation, SamplingOptions
+from ochat_serve.protocol.caps import MAX_TOOLS, MAX_UNKNOWN_FIELDS
 from ochat_serve.protocol.chat import ChatCompletionRequest, ChatMessage
 
 Harmless = Callable[[Any], bool]
@@ -67,11 +73,19 @@ class ReplyForm:
 
 
 def refuse_unserved(request: ChatCompletionRequest) -> None:
-    """400 for fields that would change the answer.  Raises ``UnsupportedParameter``."""
+    """400 for fields that would change the answer.  Raises ``UnsupportedParameter``, or
+    ``InvalidRequest`` for more of them than even an unserved field may hold."""
     extra = request.model_extra or {}
+    tools = extra.get("tools")
+    if isinstance(tools, list) and len(tools) > MAX_TOOLS:
+        raise InvalidRequest(
+            f"Invalid value for 'tools': must have at most {MAX_TOOLS} items, not {len(tools)}.",
+            param="tools",
+            code="invalid_value",
+        )
     if (name := _refused(extra, REFUSED)) is not None:
         raise UnsupportedParameter(f"This server does not support '{name}'.", param=name)
-    if extra.get("tools") is not None and extra.get("tool_choice") != "none":
+    if tools is not None and extra.get("tool_choice") != "none":
         raise UnsupportedParameter("This server does not support 'tools'.", param="tools")
     for position, message in enumerate(request.messages):
         if (name := _refused(message.model_extra or {}, REFUSED_IN_MESSAGES)) is not None:
@@ -96,7 +110,10 @@ def _refused(given: Mapping[str, Any], table: Mapping[str, Harmless]) -> str | N
 
 
 def ignored_fields(request: ChatCompletionRequest, *, uses_condition: bool) -> list[str]:
-    """Names of the given fields that have no effect, sorted, at most ``MAX_NAMED_IGNORED``."""
+    """Names of the given fields that have no effect, sorted, at most ``MAX_NAMED_IGNORED``.
+
+    Raises ``InvalidRequest`` for more of them than a request may have.
+    """
     # What is refused otherwise was given with a value that changes nothing.
     names = _given(request) - REFUSED.keys()
     if request.stream_options is not None:
@@ -107,6 +124,12 @@ def ignored_fields(request: ChatCompletionRequest, *, uses_condition: bool) -> l
             names |= {f"messages.content.{name}" for name in _given(part)}
     if request.condition and not uses_condition:
         names.add("condition")
+    if len(names) > MAX_UNKNOWN_FIELDS:
+        raise InvalidRequest(
+            f"The request has {len(names)} fields that this server does not know; it takes at "
+            f"most {MAX_UNKNOWN_FIELDS}.",
+            code="unknown_parameter",
+        )
     return sorted(names)[:MAX_NAMED_IGNORED]
 
 
@@ -171,7 +194,9 @@ def check_sampling(request: ChatCompletionRequest, limits: Limits) -> None:
     """Everything about sampling that types and ranges cannot say.  Raises ``InvalidRequest``."""
     if (request.n or 1) > limits.max_n:
         raise InvalidRequest(
-            f"Invalid value for 'n': this server makes at most {limits.max_n} choices.", param="n"
+            f"Invalid value for 'n': this server makes at most {limits.max_n} choices, not "
+            f"{shortened(request.n)}.",
+            param="n",
         )
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest(

@@ -106,7 +106,7 @@ class ChatService:
             )
         check_sampling(request, self._limits)
         prompt = conversation(request)
-        prompt_token_ids = await self.served.prompts.render(prompt)
+        prompt_token_ids = await self.served.prompts.render(prompt, self._limits.max_model_len)
         options = sampling_options(request, self._limits, len(prompt_token_ids))
         record.usage = Usage(prompt_tokens=len(prompt_token_ids))
         record.parameters = _logged(options, form)

@@ -7,6 +7,8 @@ libraries: L4 turns an ``ApiError`` into a response, ``streaming`` turns one int
 
 from typing import Any, ClassVar
 
+_MAX_SHOWN_DIGITS = 20
+
 
 class ApiError(Exception):
     """An error with an HTTP status.  ``message`` is one or two sentences for a person."""
@@ -67,10 +69,11 @@ class ContextLengthExceeded(InvalidRequest):
 
     default_code = "context_length_exceeded"
 
-    def __init__(self, max_model_len: int, prompt_tokens: int) -> None:
+    def __init__(self, max_model_len: int, prompt_tokens: int, *, at_least: bool = False) -> None:
+        count = f"at least {prompt_tokens}" if at_least else str(prompt_tokens)
         super().__init__(
             f"This model's maximum context length is {max_model_len} tokens. However, your "
-            f"messages resulted in {prompt_tokens} tokens. Please reduce the length of the "
+            f"messages resulted in {count} tokens. Please reduce the length of the "
             "messages.",
             param="messages",
         )
@@ -141,6 +144,14 @@ class MethodNotAllowed(ApiError):
     type = "invalid_request_error"
 
 
+class RequestTimeout(ApiError):
+    """408: the request came too slowly."""
+
+    status = 408
+    type = "invalid_request_error"
+    default_code = "request_timeout"
+
+
 class BodyTooLarge(ApiError):
     """413."""
 
@@ -152,6 +163,13 @@ class UnsupportedMediaType(ApiError):
     """415: the body is not said to be JSON."""
 
     status = 415
+    type = "invalid_request_error"
+
+
+class HeadersTooLarge(ApiError):
+    """431: the request line and headers together, or their number."""
+
+    status = 431
     type = "invalid_request_error"
 
 
@@ -173,12 +191,18 @@ class Unavailable(ApiError):
         super().__init__(message, code=code, retry_after_s=retry_after_s)
 
 
-class RequestTimeout(ApiError):
+class DeadlineExceeded(ApiError):
     """504: the request's own time is over."""
 
     status = 504
     type = "timeout_error"
-    default_code = "request_timeout"
+    default_code = "deadline_exceeded"
+
+
+def shortened(number: object) -> str:
+    """A number for a sentence: JSON's can have thousands of digits."""
+    text = str(number)
+    return text if len(text) <= _MAX_SHOWN_DIGITS else f"{text[:_MAX_SHOWN_DIGITS]}..."
 
 
 class StartupError(Exception):

@@ -194,8 +194,10 @@ class PromptRenderer(Protocol):
         """Whether answers start with a space that is the tokenizer's, not the model's."""
         ...
 
-    async def render(self, conversation: Conversation) -> list[int]:
-        """The prompt's token ids.  Raises ``errors.InvalidRequest`` where the template refuses."""
+    async def render(self, conversation: Conversation, max_tokens: int | None = None) -> list[int]:
+        """The prompt's token ids.  Raises ``errors.InvalidRequest`` where the template refuses,
+        ``errors.ContextLengthExceeded`` where text has more tokens than ``max_tokens`` however it
+        is encoded; a prompt that fits is never refused by that."""
         ...
 
 

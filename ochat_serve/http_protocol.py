@@ -8,27 +8,70 @@ bad bytes are answered inside a running stream.
 
 import asyncio
 import json
+import logging
+import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import h11
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
-from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol, RequestResponseCycle
 
-from ochat_serve.errors import InvalidRequest
+from ochat_serve.errors import (
+    ApiError,
+    HeadersTooLarge,
+    InvalidRequest,
+    RequestTimeout,
+    Unavailable,
+)
+from ochat_serve.http_bounds import (
+    MAX_HEAD_BYTES,
+    BoundedConnection,
+    Bounds,
+    Deadline,
+    TooMuch,
+    drop,
+    hold_little,
+)
 from ochat_serve.routes.connection import CONNECTION
+
+# Whatever comes at once is read in such pieces, so that h11's bound on what is incomplete holds
+# for the headers after a body, too.
+_PIECE = 16 * 1024
+_TOO_LARGE = (
+    f"The request line and headers have more bytes than this server takes ({MAX_HEAD_BYTES})."
+)
+# uvicorn warns of every request that is no HTTP: lines that anybody can have written.
+_quiet = logging.getLogger("uvicorn.error.connections")
+_quiet.setLevel(logging.ERROR)
 
 
 class HttpProtocol(H11Protocol):
-    """For ``uvicorn.Config(http=...)``."""
+    """For ``uvicorn.Config(http=...)``, with bounds by ``HttpProtocol.within(bounds)``."""
+
+    bounds = Bounds()
+
+    @classmethod
+    def within(cls, bounds: Bounds) -> "type[HttpProtocol]":
+        return type(cls.__name__, (cls,), {"bounds": bounds})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.conn = BoundedConnection()
+        self.logger = _quiet
         self._application = self.app
         self.app = self._with_connection
         self.resumed: Callable[[], None] | None = None
         self.lost: Callable[[], None] | None = None
+        self._sender = Deadline(self.loop)
+        self._reader = Deadline(self.loop)
+        self._sending: Any = None  # h11's state of the client when its deadline was last looked at
+        self._times = {
+            h11.IDLE: self.bounds.header_timeout_s,
+            h11.SEND_BODY: self.bounds.read_timeout_s,
+        }
 
     async def _with_connection(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.resumed = self.lost = None
@@ -37,8 +80,20 @@ class HttpProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        hold_little(transport)
         if self.scheme == "https":  # TLS holds eight times as much for a slow reader
             transport.set_write_buffer_limits(high=HIGH_WATER_LIMIT)
+        if len(self.connections) > self.bounds.max_connections:
+            self._refuse(
+                Unavailable(
+                    f"The server has {self.bounds.max_connections} connections, which is the most "
+                    "it takes. Please try again in a few seconds.",
+                    code="overloaded",
+                    retry_after_s=1,
+                )
+            )
+        else:
+            self._watch_sender()
 
     def handle_events(self) -> None:
         super().handle_events()
@@ -48,27 +103,114 @@ class HttpProtocol(H11Protocol):
         if early and self.lost is not None and len(self.conn.trailing_data[0]) < HIGH_WATER_LIMIT:
             self.flow.resume_reading()
 
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self.resumed is not None:
-            self.resumed()
-
     def connection_lost(self, exc: Exception | None) -> None:
+        self._sender.stop()
+        self._reader.stop()
         super().connection_lost(exc)
         if self.lost is not None:
             self.lost()
 
+    def data_received(self, data: bytes) -> None:
+        for start in range(0, len(data), _PIECE):
+            if self.transport.is_closing():
+                return
+            super().data_received(data[start : start + _PIECE])
+        self._watch_sender()
+
+    def _should_upgrade(self) -> bool:
+        return False  # nothing here speaks anything else
+
+    # Slow senders
+
+    def _watch_sender(self) -> None:
+        """What has begun must end in time: a request's head, then its body."""
+        state = self.conn.their_state
+        if state is not self._sending:
+            self._sending = state
+            self._sender.stop()
+            if state in self._times:
+                self._sender.start(self._times[state], self._too_slow)
+
+    def _too_slow(self) -> None:
+        if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
+            self._close()  # nothing was asked
+            return
+        seconds = self._times[self._sending]
+        self._refuse(RequestTimeout(f"The request did not come whole within {seconds:g} seconds."))
+
+    # Slow readers
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        if not self.transport.is_closing():
+            self._reader.stop()
+        super().resume_writing()
+        if self.resumed is not None:
+            self.resumed()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._watch_reader()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._watch_reader()
+
+    def _watch_reader(self) -> None:
+        """What waits to be written must get less in time: also after a polite close, which
+        waits for it."""
+        waiting = self.transport.get_write_buffer_size()
+        if waiting:
+            self._reader.start(self.bounds.write_timeout_s, partial(self._unread, waiting))
+
+    def _unread(self, before: int) -> None:
+        if self.transport.get_write_buffer_size() < before:
+            self._watch_reader()
+        else:
+            drop(self.transport)
+
+    # Answers without the app
+
     def send_400_response(self, msg: str) -> None:
-        body = json.dumps(InvalidRequest(f"This is not HTTP as expected: {msg}").body()).encode()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"connection", b"close"),
-        ]
-        response = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
-        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
-            self.transport.write(self.conn.send(event) or b"")
+        """Called by uvicorn while it handles h11's error."""
+        error = sys.exception()
+        if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431:
+            given = str(error) if isinstance(error, TooMuch) else _TOO_LARGE
+            self._refuse(HeadersTooLarge(given))
+        elif isinstance(error, TooMuch):
+            self._refuse(InvalidRequest(str(error)))
+        else:  # h11's own words quote what was sent
+            self._refuse(InvalidRequest(f"This is not HTTP as expected: {msg}"))
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer, where no answer has begun; then close."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.write(_response(error))
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # the app must not answer, too
+            self.cycle.message_event.set()
+        self._close()
+
+    def _close(self) -> None:
         self.transport.close()
+        self._watch_reader()
+
+
+def _response(error: ApiError) -> bytes:
+    body = json.dumps(error.body()).encode()
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "connection": "close",
+        **error.headers,
+    }
+    head = b"HTTP/1.1 %d %b\r\n" % (error.status, STATUS_PHRASES[error.status])
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return head + lines.encode() + b"\r\n" + body
 
 
 class H11Connection:

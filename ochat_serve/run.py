@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 
 from ochat_serve.admission import Admission
 from ochat_serve.caller import Caller
-from ochat_serve.errors import ApiError, RequestTimeout, Unavailable
+from ochat_serve.errors import ApiError, DeadlineExceeded, Unavailable
 from ochat_serve.generation import Generation, Update, Usage
 from ochat_serve.limits import Limits, Reservation
 from ochat_serve.request_log import RequestRecord
@@ -194,7 +194,7 @@ class Run:
 
     def _expire(self) -> None:
         self.fail(
-            RequestTimeout(f"The request took longer than {self._terms.timeout_s:g} seconds.")
+            DeadlineExceeded(f"The request took longer than {self._terms.timeout_s:g} seconds.")
         )
 
     def fail(self, error: Exception) -> None:

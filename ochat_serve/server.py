@@ -20,6 +20,7 @@ from ochat_serve import cli
 from ochat_serve.app import create_app
 from ochat_serve.clock import periods
 from ochat_serve.errors import StartupError
+from ochat_serve.http_bounds import HEADER_TIMEOUT_S, Bounds
 from ochat_serve.http_protocol import HttpProtocol
 from ochat_serve.key_file import KeyFile, KeyFileError
 from ochat_serve.limits import Limits, MemoryLimits
@@ -35,6 +36,8 @@ KEEP_ALIVE_TIMEOUT_S = 5
 SHUTDOWN_TIMEOUT_S = 30
 BACKLOG = 2048
 OPEN_FILES = 65_536
+# Files that are no connections: libraries, the log, the engine's sockets.
+OTHER_FILES = 256
 
 
 def _print_engine_help() -> int:
@@ -83,7 +86,7 @@ def serve(
                 ledger=ledger,
             ),
             loop="ochat_serve.event_loop:EventLoop",
-            http=HttpProtocol,
+            http=HttpProtocol.within(bounds(command.settings)),
             access_log=False,
             log_level="warning",
             timeout_keep_alive=KEEP_ALIVE_TIMEOUT_S,
@@ -132,6 +135,20 @@ def _allow_many_connections() -> None:
     wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def bounds(settings: Settings) -> Bounds:
+    """Of each connection; of all together no more than there can be open files."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = settings.max_connections
+    if files != resource.RLIM_INFINITY:
+        most = min(most, max(1, files - OTHER_FILES))
+    return Bounds(
+        header_timeout_s=min(HEADER_TIMEOUT_S, settings.read_timeout_s),
+        read_timeout_s=settings.read_timeout_s,
+        write_timeout_s=settings.write_timeout_s,
+        max_connections=most,
+    )
 
 
 class _Server(uvicorn.Server):

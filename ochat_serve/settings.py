@@ -153,6 +153,19 @@ class Settings(BaseModel):
     ping_interval_s: float = Field(
         10, gt=0, description="Seconds of silence after which a stream gets a comment line."
     )
+    read_timeout_s: float = Field(
+        60,
+        gt=0,
+        le=3600,
+        description="Seconds in which a request must have come whole; its headers in 10 of them. "
+        "Who sends more slowly gets 408.",
+    )
+    write_timeout_s: float = Field(
+        60,
+        gt=0,
+        le=3600,
+        description="Seconds after which a client that reads nothing of its answer is dropped.",
+    )
     strict_parameters: bool = Field(
         False,
         description="Refuse unknown request fields with 400 instead of naming them in "
@@ -194,6 +207,12 @@ class Settings(BaseModel):
     )
     root_path: Annotated[str, AfterValidator(_sub_path)] = Field(
         "", description="Path under which a gateway offers the server, such as /llm."
+    )
+    max_connections: int = Field(
+        4096,
+        ge=1,
+        le=65536,
+        description="Connections that one front end holds open; more get 503.",
     )
     api_keys: tuple[SecretStr, ...] = Field(
         (),

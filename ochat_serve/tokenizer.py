@@ -16,12 +16,14 @@ from typing import Any
 
 import jinja2
 from tokenizers import Tokenizer as Backend
+from tokenizers import models
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ochat_serve.errors import InvalidRequest, StartupError
 from ochat_serve.remembered import RememberedIds
 from ochat_serve.templates.hf import ApplyTemplate, ControlToken
 from ochat_serve.templates.segments import Literal, Plain, Segment
+from ochat_serve.token_bytes import LongestToken, longest_token, spelling
 
 # Added tokens of this shape structure prompts even when the model does not call them special
 # (<think>, <tool_call>, [INST]); other added tokens are words or white space.
@@ -46,7 +48,8 @@ class Tokenizer:
                 "which is needed to keep users' text apart from control tokens."
             )
         self._hf = hf_tokenizer
-        self._recognising, self._plain, self._inside, self._controls = _split(backend)
+        spec, model = _taken_apart(backend)
+        self._recognising, self._plain, self._inside, self._controls = _split(backend, spec, model)
         self._control_ids = frozenset(
             token_id
             for token in self._controls
@@ -59,7 +62,8 @@ class Tokenizer:
         self._remembered = RememberedIds(remember_bytes)
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="tokenize")
         self._encode_literal = lru_cache(maxsize=256)(self._recognise)
-        self._token_bytes = lru_cache(maxsize=None)(_token_bytes_of(self._recognising))
+        self._token_bytes = lru_cache(maxsize=None)(_token_bytes_of(backend, spec))
+        self._longest = _longest_token(backend, spec)
 
     @classmethod
     def load(
@@ -94,12 +98,23 @@ class Tokenizer:
         ids = self.encode_plain("a")
         return bool(ids) and self.token_bytes(ids[0]).startswith(b" ")
 
-    async def encode(self, chars: int, segments: Callable[[], Sequence[Segment]]) -> list[int]:
+    async def encode(
+        self, chars: int, segments: Callable[[], Sequence[Segment]], max_tokens: int | None = None
+    ) -> list[int]:
         """The segments' token ids, in order.  Much is rendered and encoded off the event loop;
-        ``chars`` tells how much rendering them costs."""
+        ``chars`` tells how much rendering them costs.  Raises ``ContextLengthExceeded``, without
+        encoding, for what surely has more than ``max_tokens``."""
+
+        def rendered() -> Sequence[Segment]:
+            parts = segments()
+            if max_tokens is not None and self._longest is not None:
+                texts = [part.text for part in parts if isinstance(part, Plain)]
+                self._longest.check(texts, max_tokens)
+            return parts
+
         if chars > _INLINE_CHARS:
-            return await self._in_worker(lambda: self.encode_now(segments()))
-        parts = segments()
+            return await self._in_worker(lambda: self.encode_now(rendered()))
+        parts = rendered()
         if self._new_chars(parts) > _INLINE_CHARS:
             return await self._in_worker(lambda: self.encode_now(parts))
         return self.encode_now(parts)
@@ -211,14 +226,12 @@ def _encode(backend: Backend, text: str) -> list[int]:
     return ids
 
 
-def _split(backend: Backend) -> tuple[Backend, Backend, Backend, tuple[ControlToken, ...]]:
+def _split(
+    backend: Backend, spec: dict[str, Any], model: str
+) -> tuple[Backend, Backend, Backend, tuple[ControlToken, ...]]:
     """One that recognises control tokens, two that never do (for a text on its own, and for
     one inside a prompt), and the control tokens.  The first is ``backend`` itself: a
     copy of Llama-3's vocabulary takes some 40 MB."""
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = False
-    spec, model = _taken_apart(backend)
     controls = []
     for token in spec["added_tokens"]:
         if token["special"] or _CONTROL_SHAPE.fullmatch(token["content"]):
@@ -234,11 +247,21 @@ def _split(backend: Backend) -> tuple[Backend, Backend, Backend, tuple[ControlTo
 _MODEL = '"model":{'
 
 
+def _longest_token(backend: Backend, spec: dict[str, Any]) -> LongestToken | None:
+    if not isinstance(backend.model, models.BPE):
+        return None
+    return longest_token(spec, backend.get_vocab(), byte_fallback=backend.model.byte_fallback)
+
+
 def _taken_apart(backend: Backend) -> tuple[dict[str, Any], str]:
-    """What a tokenizer consists of, and its model (vocabulary and merges: megabytes) unread.
+    """What a tokenizer consists of, and its model (vocabulary and merges: megabytes) unread;
+    without what is only for training and batches.
 
     The model is the last entry; before it the mark stands in no string, as quotes are escaped.
     """
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = False
     rest, _, model = backend.to_str().partition(_MODEL)
     return json.loads(rest.rstrip(",") + "}"), model
 
@@ -256,12 +279,9 @@ def _drop_first_prefix(pre_tokenizer: dict[str, Any] | None) -> bool:
     return bool(first)
 
 
-def _token_bytes_of(backend: Backend) -> Callable[[int], bytes]:
-    """How this vocabulary spells bytes: byte-level BPE, or SentencePiece."""
-    spec, _ = _taken_apart(backend)
+def _token_bytes_of(backend: Backend, spec: dict[str, Any]) -> Callable[[int], bytes]:
     added = {token["id"]: token["content"].encode() for token in spec["added_tokens"]}
-    byte_level = '"ByteLevel"' in json.dumps([spec.get("decoder"), spec.get("pre_tokenizer")])
-    spell = _byte_level if byte_level else _sentencepiece
+    spell = spelling(spec)
 
     def token_bytes(token_id: int) -> bytes:
         if token_id in added:
@@ -270,27 +290,3 @@ def _token_bytes_of(backend: Backend) -> Callable[[int], bytes]:
         return b"" if token is None else spell(token)
 
     return token_bytes
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes each byte as a printable character: itself where it is one, else
-    the next character from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {chr(byte): byte for byte in printable}
-    return alphabet | {chr(0x100 + position): byte for position, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
-
-
-def _byte_level(token: str) -> bytes:
-    if all(char in _BYTE_OF for char in token):
-        return bytes(_BYTE_OF[char] for char in token)
-    return token.encode()
-
-
-def _sentencepiece(token: str) -> bytes:
-    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
-        return bytes([int(token[3:5], 16)])
-    return token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()

@@ -137,7 +137,7 @@ class WordPrompts:
     uses_condition: bool = True
     begins_with_space: bool = False
 
-    async def render(self, conversation: Conversation) -> list[int]:
+    async def render(self, conversation: Conversation, max_tokens: int | None = None) -> list[int]:
         return [len(word) for turn in conversation.turns for word in turn.text.split()]
 
 

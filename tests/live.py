@@ -34,6 +34,7 @@ class LiveServer:
         certificate: Certificate | None = None,
         new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop,
     ) -> None:
+        self.unhandled: list[dict[str, Any]] = []  # what no code caught, told to the event loop
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
         self.url = f"http{'s' if certificate else ''}://127.0.0.1:{self.port}"
@@ -56,6 +57,7 @@ class LiveServer:
     def _run(self) -> None:
         async def main() -> None:
             self.loop = asyncio.get_running_loop()
+            self.loop.set_exception_handler(lambda _, context: self.unhandled.append(context))
             async with kept_fresh(self._certificate, self.said.append):
                 await self._server.serve(sockets=[self._socket])
 
@@ -70,6 +72,11 @@ class LiveServer:
         self._server.should_exit = True
         self._thread.join(STOP_TIMEOUT_S)
         assert not self._thread.is_alive()
+        assert self.unhandled == []
+
+    @property
+    def connections(self) -> int:
+        return len(self._server.server_state.connections)
 
     @property
     def transports(self) -> list[asyncio.Transport]:

@@ -323,8 +323,8 @@ def test_unknown_fields_are_named(fields: dict[str, Any], names: list[str]):
 
 
 def test_only_so_many_are_named():
-    """They go into a header, and a body can hold a million names."""
-    fields = {f"x{number:04}": 1 for number in range(1_000)}
+    """They go into a header."""
+    fields = {f"x{number:04}": 1 for number in range(100)}
     assert ignored(**fields) == sorted(fields)[:MAX_NAMED_IGNORED]
 
 
@@ -346,8 +346,12 @@ def test_a_condition_needs_a_template_that_has_one(
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
-        ({"n": 9}, "n", "Invalid value for 'n': this server makes at most 8 choices."),
-        ({"n": 10**4000}, "n", "Invalid value for 'n': this server makes at most 8 choices."),
+        ({"n": 9}, "n", "Invalid value for 'n': this server makes at most 8 choices, not 9."),
+        (
+            {"n": 10**4000},
+            "n",
+            f"Invalid value for 'n': this server makes at most 8 choices, not 1{'0' * 19}....",
+        ),
         (
             {"top_logprobs": 5},
             "top_logprobs",

@@ -166,7 +166,7 @@ def test_refused_in_one_sentence(name: str, value: str):
         ),
         (
             '{"messages":[]}',
-            "Invalid value for 'messages': must have at least 1 item.",
+            "Invalid value for 'messages': must have at least 1 item, not 0.",
             "messages",
         ),
         (

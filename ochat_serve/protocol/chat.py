@@ -7,18 +7,27 @@ vLLM's words, ``condition`` is the reference server's.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WrapValidator
 from pydantic_core import PydanticCustomError, ValidationError
 from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
-# Bounds on lists: a body of the largest size must cost milliseconds to refuse.
-MAX_MESSAGES = 2_048
-MAX_PARTS = 1_024
-MAX_STOP = 4
-MAX_STOP_CHARS = 1_000
-MAX_STOP_TOKEN_IDS = 64
-MAX_LOGIT_BIAS = 300
-MAX_METADATA = 16
+from ochat_serve.protocol.caps import (
+    MAX_CONDITION_CHARS,
+    MAX_LOGIT_BIAS,
+    MAX_MESSAGES,
+    MAX_METADATA,
+    MAX_METADATA_CHARS,
+    MAX_METADATA_NAME_CHARS,
+    MAX_MODEL_CHARS,
+    MAX_PARTS,
+    MAX_SAFETY_IDENTIFIER_CHARS,
+    MAX_STOP,
+    MAX_STOP_CHARS,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TOP_LOGPROBS,
+    MAX_USER_CHARS,
+)
+
 INT64_MAX = 2**63 - 1
 INT32_MAX = 2**31 - 1
 
@@ -44,6 +53,8 @@ def _one_content_error(value: Any, handler: ValidatorFunctionWrapHandler) -> Any
     try:
         return handler(value)
     except ValidationError:
+        if isinstance(value, list) and len(value) > MAX_PARTS:
+            raise _too_many(MAX_PARTS, len(value), "parts") from None
         reason = "must be a string or a list of text parts"
         for part in value if isinstance(value, list) else ():
             kind = part.get("type") if isinstance(part, dict) else None
@@ -57,11 +68,36 @@ def _one_stop_error(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     try:
         return handler(value)
     except ValidationError:
+        if isinstance(value, list) and len(value) > MAX_STOP:
+            raise _too_many(MAX_STOP, len(value), "strings") from None
+        texts = value if isinstance(value, list) else [value]
+        longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
+        if longest > MAX_STOP_CHARS:
+            raise _too_many(MAX_STOP_CHARS, longest, "characters") from None
         raise PydanticCustomError(
             "stop",
             "must be a non-empty string or a list of at most {most} non-empty strings",
             {"most": MAX_STOP},
         ) from None
+
+
+def _too_many(most: int, given: int, what: str = "items") -> PydanticCustomError:
+    return PydanticCustomError(
+        "too_many",
+        "must have at most {most} {what}, not {given}",
+        {"most": most, "what": what, "given": given},
+    )
+
+
+def _at_most(most: int) -> BeforeValidator:
+    """Counted before its entries are looked at: pydantic describes every one that is wrong."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise _too_many(most, len(value))
+        return value
+
+    return BeforeValidator(check)
 
 
 def _no_controls(value: str) -> str:
@@ -113,19 +149,17 @@ class ChatCompletionRequest(BaseModel):
         list[ChatMessage],
         Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
     ]
-    model: str | None = None
+    model: Annotated[str, Field(max_length=MAX_MODEL_CHARS)] | None = None
 
     # Sampling
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: (
-        Annotated[
-            dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_LOGIT_BIAS)
-        ]
+        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], _at_most(MAX_LOGIT_BIAS)]
         | None
     ) = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
@@ -140,19 +174,21 @@ class ChatCompletionRequest(BaseModel):
     metadata: (
         Annotated[
             dict[
-                Annotated[str, Field(max_length=64)],
-                Annotated[str, Field(max_length=512)],
+                Annotated[str, Field(max_length=MAX_METADATA_NAME_CHARS)],
+                Annotated[str, Field(max_length=MAX_METADATA_CHARS)],
             ],
-            Field(max_length=MAX_METADATA),
+            _at_most(MAX_METADATA),
         ]
         | None
     ) = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
-    user: Annotated[str, Field(max_length=512)] | None = None
-    safety_identifier: Annotated[str, Field(max_length=128)] | None = None
+    user: Annotated[str, Field(max_length=MAX_USER_CHARS)] | None = None
+    safety_identifier: Annotated[str, Field(max_length=MAX_SAFETY_IDENTIFIER_CHARS)] | None = None
 
     # Extensions
-    condition: Annotated[str, Field(max_length=64), AfterValidator(_no_controls)] | None = None
+    condition: (
+        Annotated[str, Field(max_length=MAX_CONDITION_CHARS), AfterValidator(_no_controls)] | None
+    ) = None
     top_k: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
@@ -160,7 +196,8 @@ class ChatCompletionRequest(BaseModel):
     ignore_eos: bool | None = None
     stop_token_ids: (
         Annotated[
-            list[Annotated[int, Field(ge=0, le=INT32_MAX)]], Field(max_length=MAX_STOP_TOKEN_IDS)
+            list[Annotated[int, Field(ge=0, le=INT32_MAX)]],
+            Field(max_length=MAX_STOP_TOKEN_IDS),
         ]
         | None
     ) = None

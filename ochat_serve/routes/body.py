@@ -2,19 +2,26 @@
 
 import asyncio
 import re
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
-from ochat_serve.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType
+from ochat_serve.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType, shortened
+from ochat_serve.routes.json_bounds import MAX_DEPTH, check_values
 
 Model = TypeVar("Model", bound=BaseModel)
 _MAX_MESSAGE_CHARS = 300
 _MAX_DROPPED = 64 * 2**20
 # Checking this much takes some ten milliseconds: more goes to a worker thread.
 _INLINE_BYTES = 256 * 1024
+# What was given where a bound was passed, in the bound's unit.
+_GIVEN: dict[str, Callable[[Any], int | float]] = {
+    "string_too_long": len,
+    "less_than_equal": lambda number: number,
+}
 # pydantic's JSON reader knows these words; JSON does not.
 _NOT_JSON = (b"NaN", b"Infinity")
 
@@ -29,6 +36,7 @@ async def read_json(request: Request, model: type[Model], max_bytes: int) -> Mod
 
 
 def _parse(body: bytes, model: type[Model]) -> Model:
+    check_values(body)
     if any(word in body for word in _NOT_JSON):
         _refuse_infinities(body)
     try:
@@ -46,6 +54,8 @@ def _refuse_infinities(body: bytes) -> None:
 
 
 def _not_json(detail: str) -> InvalidRequest:
+    if detail.startswith("recursion limit"):
+        detail = f"it is nested more than {MAX_DEPTH} levels deep"
     return InvalidRequest(f"We could not parse the JSON body of your request: {detail}.")
 
 
@@ -91,7 +101,10 @@ def invalid_request(error: ValidationError) -> InvalidRequest:
     if kind == "missing":
         return InvalidRequest(f"Missing required parameter: '{param}'.", param=param)
     message = re.sub(r"^\w+ should ", "must ", message)
-    message = re.sub(r" after validation, not \w+$", "", message)
+    message = re.sub(r" after validation(, not \d+)$", r"\1", message)
+    if (given := _GIVEN.get(kind)) is not None:
+        value = error.errors(include_url=False, include_context=False)[0]["input"]
+        message += f", not {shortened(given(value))}"
     return InvalidRequest(
         f"Invalid value for '{param}': {message[:_MAX_MESSAGE_CHARS]}.",
         param=param,

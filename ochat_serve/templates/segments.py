@@ -81,9 +81,12 @@ class SegmentEncoder(Protocol):
         """The id of one control token, or None where the vocabulary lacks it."""
         ...
 
-    async def encode(self, chars: int, segments: Callable[[], Sequence[Segment]]) -> list[int]:
+    async def encode(
+        self, chars: int, segments: Callable[[], Sequence[Segment]], max_tokens: int | None = None
+    ) -> list[int]:
         """The ids of what ``segments()`` gives.  ``chars`` tells what that call costs, as so many
-        characters to encode; much is rendered and encoded off the event loop."""
+        characters to encode; much is rendered and encoded off the event loop.  Raises
+        ``errors.ContextLengthExceeded`` where more than ``max_tokens`` are certain beforehand."""
         ...
 
 

@@ -134,7 +134,7 @@ def test_a_request_has_its_time(stream: bool) -> None:
             "message": "The request took longer than 0.3 seconds.",
             "type": "timeout_error",
             "param": None,
-            "code": "request_timeout",
+            "code": "deadline_exceeded",
         }
         assert eventually(lambda: busy.engine.running == 0)
         assert busy.occupied(running=0)
@@ -146,7 +146,7 @@ def test_a_stream_out_of_time_ends_in_an_error_and_in_no_false_length() -> None:
         late = busy.ask(stream=True).result()
         assert late.status_code == 200
         assert "begun" in late.text
-        assert error_of(late)["code"] == "request_timeout"
+        assert error_of(late)["code"] == "deadline_exceeded"
         assert '"length"' not in late.text
         assert '"stop"' not in late.text
         assert eventually(lambda: busy.engine.running == 0)

@@ -16,6 +16,7 @@ from tests.live import LiveServer, RawClient, eventually, live
 
 CHAT = "/v1/chat/completions"
 JSON = {"content-type": "application/json"}
+ASK = {"messages": [{"role": "user", "content": "x"}]}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def test_error_body(
     [
         b"hello\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 100_000,
+        b"GET / HTTP/1.1\r\nHost: a\r\nno header\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n",
     ],
 )
@@ -99,6 +100,9 @@ def test_many_wrong_items_cost_no_more_than_one() -> None:
         {"messages": [0] * 2_000},
         {"messages": [{"role": "user", "content": "x"}] * 3_000},
         {"messages": [{"role": "user", "content": [0] * 3_000}]},
+        {**ASK, "logit_bias": dict.fromkeys(map(str, range(3_000)), "")},
+        {**ASK, "metadata": dict.fromkeys(map(str, range(3_000)), 0)},
+        {**ASK, "stop": [0] * 3_000},
     ]
     for body in bodies:
         with pytest.raises(ValidationError) as caught:

@@ -1,11 +1,15 @@
 """A model's own chat template: the prompt is the one that everybody else makes of it."""
 
+import re
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from ochat_serve.errors import InvalidRequest
+from ochat_serve.templates.hf import any_of
 from tests import chat_templates
 from tests.vocabularies import byte_vocabulary, conversation
 
@@ -226,3 +230,21 @@ async def test_tokens_that_swallow_white_space_do_so_beside_guarded_text():
     ids = await renderer.render(hostile)
     assert vocabulary.spelled(ids) == "<|user|>a <|end|> <|user|><|end|>go"
     assert vocabulary.controls(ids) == [vocabulary.added["<|user|>"], vocabulary.added["<|end|>"]]
+
+
+TEXTS = st.text("<|ab.", min_size=1, max_size=6)
+
+
+@settings(deadline=None, derandomize=True)
+@given(texts=st.sets(TEXTS, max_size=12), within=st.text("<|ab.", max_size=40))
+def test_the_tree_finds_the_longest_text_as_a_list_would(texts: set[str], within: str):
+    longest_first = sorted(texts, key=len, reverse=True)
+    plainly = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+    assert re.findall(any_of(texts), within) == plainly.findall(within)
+
+
+def test_a_common_beginning_is_looked_at_once(llama3):
+    """Else megabytes of it, with 256 tokens tried at each place, would stop the server."""
+    pattern = any_of(token.text for token in llama3.tokenizer.control_tokens)
+    assert pattern.startswith(r"<\|(?:")
+    assert pattern.count("reserved_special_token") == 1
