@@ -27,7 +27,8 @@ from ochat_serve.settings import Settings
 def create_app(settings: Settings, serving: Serving, log: Log | None = None) -> FastAPI:
     """The app around ``serving``, which may become ready later.
 
-    Its shutdown closes the engine and the log.
+    Its shutdown closes the engine.  The log is closed by whoever has opened it, when no request
+    is left.
     """
     streams = OpenStreams(settings.ping_interval_s, time.monotonic, merges=settings.merges_streams)
 
@@ -42,8 +43,6 @@ def create_app(settings: Settings, serving: Serving, log: Log | None = None) -> 
                 await keep_alive
             if serving.chat is not None:
                 await serving.chat.served.engine.close()
-            if log is not None:
-                log.close()
 
     app = FastAPI(
         title="ochat_serve",
@@ -75,7 +74,13 @@ def _middleware(settings: Settings, log: Log | None) -> list[Middleware]:
     )
     return [
         *([cors] if settings.allowed_origins else []),
-        Middleware(Boundary, write=log.write if log else None, clock=time.monotonic, now=time.time),
+        Middleware(
+            Boundary,
+            write=log.write if log else None,
+            content=settings.log_content,
+            clock=time.monotonic,
+            now=time.time,
+        ),
         Middleware(Auth, keys=keys),
     ]
 

@@ -3,7 +3,6 @@
 Whatever can be refused is refused in ``ChatService.prepare``, before any work has started.
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict
@@ -48,11 +47,9 @@ class ChatService:
         *,
         clock: Callable[[], float],
         now: Callable[[], float],
-        log_content: bool = False,
     ) -> None:
         self.served = served
         self._strict = settings.strict_parameters
-        self._log_content = log_content
         self._clock = clock
         self._now = now
         temperature = settings.default_temperature
@@ -73,8 +70,8 @@ class ChatService:
         record.user = request.user or request.safety_identifier
         record.metadata = request.metadata
         record.model = self._model_name(request.model)
-        if self._log_content:
-            record.request = json.loads(request.model_dump_json(exclude_unset=True))
+        if record.keeps_content:
+            record.request = request.model_dump_json(exclude_unset=True)
         refuse_unserved(request)
         form = reply_form(request)
         ignored = ignored_fields(request, uses_condition=self.served.prompts.uses_condition)
@@ -105,7 +102,7 @@ class ChatService:
             ),
             drops_first_space=self.served.prompts.begins_with_space and not prompt.continues,
             elapsed=lambda: self._clock() - arrived,
-            keep_outputs=self._log_content,
+            keep_outputs=record.keeps_content,
         )
         record.id = chat.head.id
         chat.headers |= _notes(ignored, request, options)

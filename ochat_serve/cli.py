@@ -30,6 +30,8 @@ API_KEYS_VARIABLE = "OCHAT_API_KEYS"
 _EPILOG = """Every vLLM engine flag works too and is passed through unchanged
 (--tensor-parallel-size N, --max-model-len N, --dtype ...): --help=all lists them."""
 _OLD_SWITCHES = ("disable_log_requests", "engine_use_ray", "worker_use_ray")
+# What a flag means that is given without its value.
+_BARE = {"log_content": "full"}
 _JSON_LISTS = ("allowed_origins", "allowed_methods", "allowed_headers")
 
 
@@ -147,7 +149,8 @@ def _argument(name: str, field: FieldInfo) -> dict[str, Any]:
     if isinstance(field.default, tuple):
         return {"nargs": "*", "metavar": name.upper(), "help": text}
     shown = "" if field.default is None else f" (default: {field.default})"
-    return {"metavar": name.upper(), "help": text + shown}
+    bare = {"nargs": "?", "const": _BARE[name]} if name in _BARE else {}
+    return {"metavar": name.upper(), "help": text + shown, **bare}
 
 
 def _json_list(text: str) -> list[str]:

@@ -10,7 +10,8 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, MutableSequence
 
 import uvicorn
 
@@ -19,7 +20,7 @@ from ochat_serve.app import create_app
 from ochat_serve.errors import StartupError
 from ochat_serve.http_protocol import HttpProtocol
 from ochat_serve.loader import Loader, Share, say
-from ochat_serve.request_log import Log, RequestLog
+from ochat_serve.request_log import Log, LogFile, RequestLog, Retention
 from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings
 
@@ -73,11 +74,13 @@ def serve(
             server_header=False,
         )
     )
-    loader = Loader(
-        command, serving, server, log_content=log is not None and log.content, share=share
-    )
+    loader = Loader(command, serving, server, share)
     loader.start()
-    server.run(sockets=sockets)
+    try:
+        server.run(sockets=sockets)
+    finally:
+        if log is not None:  # after the event loop: what it cut off has its line, too
+            log.close()
     if loader.failure is not None:
         raise loader.failure
     if serving.chat is None and loader.is_alive():
@@ -169,20 +172,35 @@ def _bind_problem(host: str, port: int, error: OSError) -> str:
     return f"{host}:{port} cannot be bound: {error.strerror}."
 
 
-def open_log(settings: Settings) -> RequestLog | None:
+def open_log(settings: Settings, drops: MutableSequence[int] | None = None) -> RequestLog | None:
+    """The request log, if there is to be one; it counts lost lines at the end of ``drops``.
+    Raises ``StartupError``."""
     if settings.log_file is None:
         return None
+    return RequestLog(
+        open_log_file(settings.log_file, settings),
+        clock=time.monotonic,
+        drops=drops,
+        place=-1,
+    )
+
+
+def open_log_file(path: str, settings: Settings) -> LogFile:
+    """Raises ``StartupError``."""
+    retention = Retention(
+        max_bytes=settings.log_max_mb * 2**20,
+        max_age_s=settings.log_max_age_h * 3600,
+        max_count=settings.log_max_count,
+        total_bytes=settings.log_total_mb * 2**20,
+    )
     try:
-        return RequestLog(
-            settings.log_file,
-            max_mb=settings.log_max_mb,
-            max_count=settings.log_max_count,
-            content=settings.log_content,
-        )
-    except OSError as error:
+        return LogFile(path, retention, time.time)
+    except BlockingIOError as error:
         raise StartupError(
-            f"--log-file {settings.log_file} cannot be written: {error.strerror}."
+            f"--log-file {path} is written by another server. Each needs a file of its own."
         ) from error
+    except OSError as error:
+        raise StartupError(f"--log-file {path} cannot be written: {error.strerror}.") from error
 
 
 def _end_children() -> None:

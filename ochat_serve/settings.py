@@ -7,7 +7,14 @@ vLLM's engine flags are not settings; they pass through to vLLM unchanged.
 import ipaddress
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    model_validator,
+)
 
 AUTO: Literal["auto"] = "auto"
 MAX_STREAM_PERIOD = 1000
@@ -114,9 +121,18 @@ class Settings(BaseModel):
     log_max_mb: int = Field(
         128, ge=1, description="Size of the log file before it is rotated, in MiB."
     )
+    log_max_age_h: float = Field(
+        168, gt=0, description="Age of the log file before it is rotated, in hours."
+    )
     log_max_count: int = Field(10, ge=1, description="Rotated log files to keep.")
-    log_content: bool = Field(
-        False, description="Write requests and answers into the log, not only their metadata."
+    log_total_mb: int = Field(
+        1024, ge=1, description="Size of all rotated log files together, in MiB."
+    )
+    # ``caller.LogContent``, which keys may have, too.
+    log_content: Literal["none", "truncated", "full"] = Field(
+        "none",
+        description="What the log keeps of requests and answers, beside their metadata. The "
+        "flag alone means full. A key's own level wins.",
     )
 
     @model_validator(mode="after")
@@ -128,6 +144,11 @@ class Settings(BaseModel):
             )
         if self.allow_credentials and "*" in self.allowed_origins:
             raise ValueError('--allow-credentials needs named --allowed-origins, not "*"')
+        if self.log_total_mb < self.log_max_mb:
+            raise ValueError(
+                f"--log-total-mb {self.log_total_mb} is less than --log-max-mb {self.log_max_mb}: "
+                "a rotated file might not fit"
+            )
         return self
 
     @property

@@ -11,6 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from ochat_serve.server import open_log
+from ochat_serve.settings import Settings
 from tests.live import eventually
 from tests.model_folders import llama3
 from tests.process import ROOT, alive, free_port, server_process
@@ -66,6 +68,20 @@ def test_a_port_in_use() -> None:
         port = taken.getsockname()[1]
         said = the_sentence(start("--model", "demo", "--port", str(port)))
     assert said.startswith(f"Port {port} of localhost is in use.")
+
+
+@pytest.mark.parametrize("front_ends", ["1", "2"])
+def test_a_log_of_another_server(tmp_path: Path, front_ends: str) -> None:
+    path = str(tmp_path / "requests.log")
+    others = open_log(Settings(log_file=path))
+    said = the_sentence(
+        start("--log-file", path, "--port", str(free_port()), "--api-server-count", front_ends)
+    )
+    assert others is not None
+    others.close()
+    assert said == (
+        f"--log-file {path} is written by another server. Each needs a file of its own."
+    )
 
 
 @pytest.mark.parametrize(

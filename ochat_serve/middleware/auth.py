@@ -2,6 +2,7 @@
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ochat_serve.caller import Caller
 from ochat_serve.errors import InvalidApiKey
 from ochat_serve.keys import ApiKeys
 from ochat_serve.routes.replies import error_response, header
@@ -25,10 +26,12 @@ class Auth:
             key = self._keys.check(header(scope, b"authorization"))
         except InvalidApiKey as error:
             if scope["type"] == "http":
+                scope["state"]["record"].error = error.code
                 await error_response(error)(scope, receive, send)
             else:
                 await send({"type": "websocket.close", "code": 1008})
             return
         if scope["type"] == "http":
-            scope["state"]["record"].key = key
+            caller = scope["state"].setdefault("caller", Caller(key))
+            scope["state"]["record"].sent_by(caller)
         await self._app(scope, receive, send)

@@ -4,6 +4,7 @@ It gives the request its id, turns what nobody expected into an error body, and 
 record per API request to the log, whatever became of the request.
 """
 
+import asyncio
 import logging
 import re
 from collections.abc import Callable
@@ -13,8 +14,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ochat_serve.caller import LogContent
 from ochat_serve.errors import ServerFault
-from ochat_serve.request_log import RequestRecord
+from ochat_serve.request_log import RequestRecord, outcome_of
 from ochat_serve.routes.replies import error_response, header
 from ochat_serve.streaming import error_event
 
@@ -25,17 +27,20 @@ _MAX_LOGGED_PATH = 256
 
 
 class Boundary:
-    """Wraps the whole app.  ``write`` takes each finished record; None keeps no log."""
+    """Wraps the whole app.  ``write`` takes each finished record; None keeps no log.
+    ``content`` is what the log keeps of a request whose key says nothing else."""
 
     def __init__(
         self,
         app: ASGIApp,
         write: Callable[[RequestRecord], None] | None,
+        content: LogContent,
         clock: Callable[[], float],
         now: Callable[[], float],
     ) -> None:
         self._app = app
         self._write = write
+        self._content = content if write is not None else None
         self._clock = clock
         self._now = now
 
@@ -61,6 +66,9 @@ class Boundary:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             record.outcome = "abandoned"
+        except asyncio.CancelledError:
+            record.outcome = record.outcome or "shutdown"  # nothing else cancels a request
+            raise
         except Exception:  # the one place for what nobody expected
             logger.exception("Request %s failed", record.request_id)
             record.error = "unexpected"
@@ -85,12 +93,12 @@ class Boundary:
             request_id=request_id,
             method=scope["method"],
             path=scope["path"][:_MAX_LOGGED_PATH],
+            content=self._content,
             client=client[0] if client else None,
         )
 
     def _finish(self, record: RequestRecord) -> None:
         if record.outcome is None:
-            ok = record.error is None and record.status is not None and record.status < 400
-            record.outcome = "finished" if ok else "failed"
+            record.outcome = outcome_of(record.status, record.error)
         if self._write is not None and record.path.startswith(_LOGGED_PREFIX):
             self._write(record)
