@@ -32,6 +32,8 @@ _EPILOG = """Every vLLM engine flag works too and is passed through unchanged
 _OLD_SWITCHES = ("disable_log_requests", "engine_use_ray", "worker_use_ray")
 # What a flag means that is given without its value.
 _BARE = {"log_content": "full"}
+# A pattern that got lost would be a secret in the log.
+_ADD_UP = ("log_redact",)
 _JSON_LISTS = ("allowed_origins", "allowed_methods", "allowed_headers")
 
 
@@ -146,6 +148,8 @@ def _argument(name: str, field: FieldInfo) -> dict[str, Any]:
         return {"action": "store_const", "const": True, "help": text}
     if name in _JSON_LISTS:
         return {"type": _json_list, "metavar": "JSON", "help": text}
+    if name in _ADD_UP:
+        return {"nargs": "*", "action": "extend", "metavar": name.upper(), "help": text}
     if isinstance(field.default, tuple):
         return {"nargs": "*", "metavar": name.upper(), "help": text}
     shown = "" if field.default is None else f" (default: {field.default})"

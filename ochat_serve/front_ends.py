@@ -24,6 +24,7 @@ from ochat_serve.server import (
     bind_for_each,
     open_log,
     prepare,
+    redaction,
     serve,
 )
 
@@ -98,6 +99,7 @@ def _sent_log(work: Work, place: int) -> RequestLog:
     return RequestLog(
         SentLines(work.lines[place]),
         clock=time.monotonic,
+        redaction=redaction(work.command.settings),
         drops=work.drops,
         place=place,
     )

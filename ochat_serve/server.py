@@ -20,7 +20,7 @@ from ochat_serve.app import create_app
 from ochat_serve.errors import StartupError
 from ochat_serve.http_protocol import HttpProtocol
 from ochat_serve.loader import Loader, Share, say
-from ochat_serve.request_log import Log, LogFile, RequestLog, Retention
+from ochat_serve.request_log import Log, LogFile, Redaction, RequestLog, Retention
 from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings
 
@@ -180,9 +180,14 @@ def open_log(settings: Settings, drops: MutableSequence[int] | None = None) -> R
     return RequestLog(
         open_log_file(settings.log_file, settings),
         clock=time.monotonic,
+        redaction=redaction(settings),
         drops=drops,
         place=-1,
     )
+
+
+def redaction(settings: Settings) -> Redaction | None:
+    return Redaction(settings.log_redact, time.thread_time) if settings.log_redact else None
 
 
 def open_log_file(path: str, settings: Settings) -> LogFile:

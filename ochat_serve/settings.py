@@ -7,7 +7,9 @@ vLLM's engine flags are not settings; they pass through to vLLM unchanged.
 import ipaddress
 from typing import Annotated, Literal
 
+import regex
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -27,6 +29,17 @@ def _stream_period(value: object) -> object:
     raise ValueError(f"must be '{AUTO}' or a number of tokens from 1 to {MAX_STREAM_PERIOD}")
 
 
+def _pattern(value: str) -> str:
+    try:
+        matches_nothing = regex.compile(value).search("") is not None
+    except regex.error as error:
+        raise ValueError(f"is not a regular expression: {error}") from error
+    if matches_nothing:
+        raise ValueError("must not match the empty text: it would match everywhere")
+    return value
+
+
+Pattern = Annotated[str, AfterValidator(_pattern)]
 StreamPeriod = Annotated[int | Literal["auto"], BeforeValidator(_stream_period)]
 
 
@@ -133,6 +146,11 @@ class Settings(BaseModel):
         "none",
         description="What the log keeps of requests and answers, beside their metadata. The "
         "flag alone means full. A key's own level wins.",
+    )
+    log_redact: tuple[Pattern, ...] = Field(
+        (),
+        description="Regular expressions: what they match in a logged text becomes [redacted]. "
+        "Given several times, they add up.",
     )
 
     @model_validator(mode="after")

@@ -65,6 +65,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "log_max_count": (["2"], 2),
     "log_total_mb": (["512"], 512),
     "log_content": (["truncated"], "truncated"),
+    "log_redact": (["a+", r"\d{4}"], ("a+", r"\d{4}")),
 }
 
 
@@ -109,6 +110,13 @@ def test_the_bare_log_content_is_all_of_it(tmp_path: Path):
     for value, level in {"true": "full", "false": "none", "none": "none", "null": "none"}.items():
         argv = config(tmp_path, f"log-content: {value}\nport: 5\n")
         assert parse(argv, {}).settings == Settings(log_content=level, port=5)
+
+
+def test_patterns_add_up(tmp_path: Path):
+    """One that got lost would be a secret in the log."""
+    argv = config(tmp_path, "log-redact: [a, b]\n")
+    told = parse([*argv, "--log-redact", "c", "--log-redact", "d e", "--port", "5"], {})
+    assert told.settings.log_redact == ("a", "b", "c", "d e")
 
 
 def test_asking_for_help_is_no_error(capsys: pytest.CaptureFixture[str]):
@@ -238,6 +246,14 @@ def test_loopback_needs_no_keys(host: str):
         (
             ["--log-total-mb", "100"],
             "--log-total-mb 100 is less than --log-max-mb 128: a rotated file might not fit.",
+        ),
+        (
+            ["--log-redact", "a+", "(b"],
+            "--log-redact '(b': is not a regular expression: missing ) at position 2.",
+        ),
+        (
+            ["--log-redact", "a*"],
+            "--log-redact 'a*': must not match the empty text: it would match everywhere.",
         ),
         (
             ["--allowed-origins", "*"],

@@ -55,6 +55,7 @@ def the_sentence(done: subprocess.CompletedProcess[str]) -> str:
             "--host no.such.host.invalid is",
         ),
         (["--log-file", "/no/such/folder/x.log"], "--log-file /no/such/folder/x.log cannot be"),
+        (["--log-redact", "("], "--log-redact '(': is not a regular expression"),
         (["--config", "/no/such.yaml"], "--config /no/such.yaml cannot be read"),
     ],
 )

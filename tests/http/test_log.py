@@ -132,6 +132,36 @@ def test_without_a_log_nothing_is_kept_for_it() -> None:
     assert [record.keeps_content for record in records] == [False]
 
 
+@pytest.mark.parametrize("content", ["none", "full"])
+def test_patterns_are_redacted(tmp_path: Path, content: str) -> None:
+    engine = ScriptedEngine(words("your diary,", " of course"))
+    lines = run(
+        tmp_path,
+        engine,
+        lambda s: post(s, user="diary@u-1", metadata={"k": "my diary"}),
+        log_content=content,
+        log_redact=("diary", r"u-\d"),
+    )
+    (line,) = lines
+    assert "diary" not in json.dumps(lines)
+    assert (line["user"], line["metadata"]) == ("[redacted]@[redacted]", {"k": "my [redacted]"})
+    if content == "full":
+        assert line["outputs"] == ["your [redacted], of course"]
+        assert line["request"]["messages"][0]["content"] == "my [redacted] says so"
+
+
+def test_a_pattern_that_takes_for_ever_holds_up_no_request(tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "x" * 5_000 + "zy"}]
+    answers: list[httpx.Response] = []
+
+    def talk(server: LiveServer) -> None:
+        answers.extend(post(server, messages=said) for _ in range(5))
+
+    lines = run(tmp_path, ScriptedEngine(), talk, log_content="full", log_redact=("(x+x+)+y",))
+    assert [answer.status_code for answer in answers] == [200] * 5
+    assert [line["request"]["messages"][0]["content"] for line in lines] == ["[redacted]"] * 5
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_full_disk_fails_no_request(stream: bool) -> None:
     settings = Settings(log_file="/dev/full")
