@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 from ochat_serve import __version__
-from ochat_serve.caller import Caller, Key, Role
+from ochat_serve.caller import Caller, Key, LogContent, Role
 from ochat_serve.errors import ApiError, InvalidRequest, MethodNotAllowed, NotFound
 from ochat_serve.failed_attempts import FailedAttempts
 from ochat_serve.key_file import KeyFile, watch
@@ -53,12 +53,14 @@ def create_app(
 ) -> FastAPI:
     """The app around ``serving``, which may become ready later.
 
-    Its shutdown closes the engine, the log and the ledger.  Raises ``KeyFileError``.
+    Its shutdown closes the engine.  The log and the ledger are closed by whoever has opened them,
+    when no request is left.  Raises ``KeyFileError``.
     """
     keys = KeyRing(_fixed_keys(settings), time.time)
     if key_file is not None:
         keys.replace(key_file.read().for_ring())
     writers = [*([log.write] if log else []), *([ledger.add] if ledger else [])]
+    content = settings.log_content if log else None
     streams = OpenStreams(settings.ping_interval_s, time.monotonic, merges=settings.merges_streams)
 
     @asynccontextmanager
@@ -78,10 +80,6 @@ def create_app(
             await serving.limits.close()
             if serving.chat is not None:
                 await serving.chat.served.engine.close()
-            if log is not None:
-                log.close()
-            if ledger is not None:
-                await asyncio.to_thread(ledger.close)
 
     app = FastAPI(
         title="ochat_serve",
@@ -90,7 +88,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        middleware=_middleware(settings, writers, keys, serving.limits),
+        middleware=_middleware(settings, writers, content, keys, serving.limits),
         servers=[{"url": settings.root_path}] if settings.root_path else None,
     )
     app.include_router(chat.router(serving, streams, settings.max_body_bytes))
@@ -125,6 +123,7 @@ def _anonymous(settings: Settings) -> Caller | None:
 def _middleware(
     settings: Settings,
     writers: Sequence[Callable[[RequestRecord], None]],
+    content: LogContent | None,
     keys: KeyRing,
     limits: Limits,
 ) -> list[Middleware]:
@@ -142,7 +141,13 @@ def _middleware(
     return [
         Middleware(Gateway, trusted=settings.forwarded_allow_ips, root_path=settings.root_path),
         *([cors] if settings.allowed_origins else []),
-        Middleware(Boundary, writers=writers, clock=time.monotonic, now=time.time),
+        Middleware(
+            Boundary,
+            writers=writers,
+            content=content,
+            clock=time.monotonic,
+            now=time.time,
+        ),
         *([Middleware(HostCheck, allowed=settings.allowed_hosts)] if checks_host else []),
         Middleware(Auth, gate=gate, limits=limits),
     ]

@@ -3,7 +3,6 @@
 Whatever can be refused is refused in ``ChatService.prepare``, before any work has started.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -55,7 +54,6 @@ class ChatService:
         clock: Callable[[], float],
         now: Callable[[], float],
         limits: KeyLimits,
-        log_content: bool = False,
     ) -> None:
         self.served = served
         self.health = Health(served.engine, settings.stall_s)
@@ -65,7 +63,6 @@ class ChatService:
         self._queue_timeout_s = settings.queue_timeout_s
         self._request_timeout_s = settings.request_timeout_s
         self._strict = settings.strict_parameters
-        self._log_content = log_content
         self._clock = clock
         self._now = now
         temperature = settings.default_temperature
@@ -93,8 +90,8 @@ class ChatService:
         record.user = request.user or request.safety_identifier
         record.metadata = request.metadata
         record.model = self._model_name(request.model, caller)
-        if self._log_content:
-            record.request = json.loads(request.model_dump_json(exclude_unset=True))
+        if record.keeps_content:
+            record.request = request.model_dump_json(exclude_unset=True)
         refuse_unserved(request)
         form = reply_form(request)
         ignored = ignored_fields(request, uses_condition=self.served.prompts.uses_condition)
@@ -138,7 +135,7 @@ class ChatService:
                 running=self.running,
             ),
             drops_first_space=self.served.prompts.begins_with_space and not prompt.continues,
-            keep_outputs=self._log_content,
+            keep_outputs=record.keeps_content,
         )
         record.id = chat.head.id
         chat.headers |= _notes(ignored, request, options)

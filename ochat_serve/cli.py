@@ -34,6 +34,10 @@ _OLD_SWITCHES = ("disable_log_requests", "engine_use_ray", "worker_use_ray")
 KEY_FILE_VARIABLE = "OCHAT_KEY_FILE"
 # What must not be shown, whatever is wrong with it.
 _HIDDEN = (*SECRETS, "usage_db")
+# What a flag means that is given without its value.
+_BARE = {"log_content": "full"}
+# A pattern that got lost would be a secret in the log.
+_ADD_UP = ("log_redact",)
 _JSON_LISTS = ("allowed_origins", "allowed_methods", "allowed_headers")
 
 
@@ -171,10 +175,13 @@ def _argument(name: str, field: FieldInfo) -> dict[str, Any]:
         return {"action": "store_const", "const": True, "help": text}
     if name in _JSON_LISTS:
         return {"type": _json_list, "metavar": "JSON", "help": text}
+    if name in _ADD_UP:
+        return {"nargs": "*", "action": "extend", "metavar": name.upper(), "help": text}
     if isinstance(field.default, tuple):
         return {"nargs": "*", "metavar": name.upper(), "help": text}
     shown = "" if field.default is None else f" (default: {field.default})"
-    return {"metavar": name.upper(), "help": text + shown}
+    bare = {"nargs": "?", "const": _BARE[name]} if name in _BARE else {}
+    return {"metavar": name.upper(), "help": text + shown, **bare}
 
 
 def _json_list(text: str) -> list[str]:

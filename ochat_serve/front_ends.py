@@ -4,48 +4,48 @@ The parent binds the port, launches the engine and writes the request log; each 
 whole server of ``server`` with an engine that it shares.  Each adds to the one usage database.
 """
 
-import multiprocessing
 import os
 import socket
 import threading
+import time
+from collections.abc import MutableSequence, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
+from typing import Any
 
 from ochat_serve import cli, usage_db
 from ochat_serve.errors import StartupError
 from ochat_serve.loader import PHASES, Share, prepare_engine, say
-from ochat_serve.request_log import RequestLog, RequestRecord
+from ochat_serve.request_log import RequestLog
 from ochat_serve.server import (
     SHUTDOWN_TIMEOUT_S,
     bind_for_each,
     open_key_file,
     open_log,
     prepare,
+    redaction,
     serve,
 )
 
 # A front end closes its streams before it ends; the engine goes after the last one.
 STOP_TIMEOUT_S = SHUTDOWN_TIMEOUT_S + 15
-
-
-class Lines(Protocol):
-    """A queue between processes."""
-
-    def put(self, line: str | None) -> None: ...
-    def get(self) -> str | None: ...
+CLOSE_TIMEOUT_S = 10
 
 
 @dataclass(frozen=True)
 class Work:
     """What a front end gets from its parent: pickled once, when it starts.
 
-    ``sockets`` are listening sockets for each of the front ends.
+    ``sockets`` are listening sockets for each of the front ends, ``lines`` a pipe to the log for
+    each, or none; ``drops`` counts the lines that each of them lost, and at last the parent.
     """
 
     command: cli.Command
     sockets: list[list[socket.socket]]
-    lines: Lines | None
-    log_content: bool
+    lines: list[Connection]
+    drops: MutableSequence[int]
     parent: int
 
 
@@ -56,12 +56,10 @@ def run(command: cli.Command) -> int:
     count = settings.api_server_count
     open_key_file(settings)
     sockets = bind_for_each(settings.host, settings.port, count)
-    log = open_log(settings)
     usage_db.check(settings)  # one sentence from here, instead of one from each front end
-    lines = multiprocessing.get_context("spawn").Queue() if log is not None else None
-    writer = threading.Thread(target=_write, args=(log, lines), name="request log")
-    if log is not None:
-        writer.start()
+    drops: MutableSequence[int] = get_context("spawn").RawArray("Q", count + 1)
+    log = open_log(settings, drops)
+    pipes = Pipes(log, count) if log is not None else None
     port = sockets[0][0].getsockname()[1]
     where = f"{settings.scheme}://{settings.host}:{port}"
     say(f"{count} front ends will listen on {where}; loading {settings.model}")
@@ -70,12 +68,12 @@ def run(command: cli.Command) -> int:
         from ochat_serve.engine.group import run_group
 
         say(f"{PHASES[-1]} ...")
-        work = Work(command, sockets, lines, log is not None and log.content, os.getpid())
+        lines = pipes.senders if pipes is not None else []
+        work = Work(command, sockets, lines, drops, os.getpid())
         run_group(args, count, front_end, work, stop_timeout_s=STOP_TIMEOUT_S)
     finally:
-        if lines is not None:
-            lines.put(None)
-            writer.join()
+        if pipes is not None:
+            pipes.close()
         if log is not None:
             log.close()
     return 0
@@ -83,12 +81,15 @@ def run(command: cli.Command) -> int:
 
 def front_end(work: Work, connection: dict[str, Any]) -> int:
     """One of the processes: serves until a signal, or its parent's or engine's death."""
+    share = Share(connection, work.parent)
     for place, sockets in enumerate(work.sockets):
-        if place != connection["client_index"]:
+        if place != share.index:
             for other in sockets:
                 other.close()
-    log = SentLog(work.lines, content=work.log_content) if work.lines is not None else None
-    share = Share(connection, work.parent)
+    for place, pipe in enumerate(work.lines):
+        if place != share.index:
+            pipe.close()
+    log = _sent_log(work, share.index) if work.lines else None
     try:
         ledger = usage_db.open_ledger(work.command.settings)
         return serve(work.command, work.sockets[share.index], log, ledger, share)
@@ -97,22 +98,62 @@ def front_end(work: Work, connection: dict[str, Any]) -> int:
         return 1
 
 
-class SentLog:
-    """The request log of a front end: its lines are written by the parent, so that several
-    processes never write, or rotate, one file."""
+def _sent_log(work: Work, place: int) -> RequestLog:
+    return RequestLog(
+        SentLines(work.lines[place]),
+        clock=time.monotonic,
+        redaction=redaction(work.command.settings),
+        drops=work.drops,
+        place=place,
+    )
 
-    def __init__(self, lines: Lines, *, content: bool) -> None:
-        self.content = content
-        self._lines = lines
 
-    def write(self, record: RequestRecord) -> None:
-        """Hand one line over; returns at once."""
-        self._lines.put(record.line())
+class SentLines:
+    """The sink of a front end's log: lines are written by the parent, so that several processes
+    never write, or rotate, one file."""
+
+    trouble = "the parent process takes none"
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+
+    def write(self, lines: Sequence[bytes]) -> int:
+        try:
+            self._pipe.send_bytes(b"".join(lines))
+        except OSError:
+            return len(lines)
+        return 0
+
+    def work(self) -> bool:
+        return False
 
     def close(self) -> None:
-        """Nothing is left behind: the process sends what it holds before it ends."""
+        self._pipe.close()
 
 
-def _write(log: RequestLog, lines: Lines) -> None:
-    while (line := lines.get()) is not None:
-        log.write_line(line)
+class Pipes:
+    """From each front end to the parent's log.  A pipe and a thread each: one that dies in the
+    middle of a line holds up no other."""
+
+    def __init__(self, log: RequestLog, count: int) -> None:
+        pipes = [Pipe(duplex=False) for _ in range(count)]
+        self.senders = [sender for _, sender in pipes]
+        self._threads = [
+            threading.Thread(target=_receive, args=(receiver, log), name="lines", daemon=True)
+            for receiver, _ in pipes
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Take what is left.  The front ends have ended."""
+        for sender in self.senders:
+            sender.close()
+        for thread in self._threads:
+            thread.join(CLOSE_TIMEOUT_S)
+
+
+def _receive(pipe: Connection, log: RequestLog) -> None:
+    with pipe, suppress(EOFError, OSError):
+        while True:
+            log.write_lines(pipe.recv_bytes().splitlines(keepends=True))

@@ -53,8 +53,6 @@ class Loader(threading.Thread):
         command: cli.Command,
         serving: Serving,
         server: uvicorn.Server,
-        *,
-        log_content: bool,
         share: Share | None = None,
     ) -> None:
         super().__init__(name="load", daemon=True)
@@ -62,7 +60,6 @@ class Loader(threading.Thread):
         self._command = command
         self._serving = serving
         self._server = server
-        self._log_content = log_content
         self._share = share
         self._started_at = time.monotonic()
 
@@ -77,7 +74,6 @@ class Loader(threading.Thread):
                 clock=time.monotonic,
                 now=time.time,
                 limits=self._serving.limits,
-                log_content=self._log_content,
             )
             self._serving.phase = "ready"
             seconds = time.monotonic() - self._started_at

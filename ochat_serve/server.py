@@ -11,7 +11,7 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableSequence
 
 import setproctitle
 import uvicorn
@@ -25,7 +25,7 @@ from ochat_serve.http_protocol import HttpProtocol
 from ochat_serve.key_file import KeyFile, KeyFileError
 from ochat_serve.limits import Limits, MemoryLimits
 from ochat_serve.loader import Loader, Share, say
-from ochat_serve.request_log import Log, RequestLog
+from ochat_serve.request_log import Log, LogFile, Redaction, RequestLog, Retention
 from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings
 from ochat_serve.tls import Certificate, kept_fresh
@@ -98,11 +98,15 @@ def serve(
         ),
         certificate,
     )
-    loader = Loader(
-        command, serving, server, log_content=log is not None and log.content, share=share
-    )
+    loader = Loader(command, serving, server, share)
     loader.start()
-    server.run(sockets=sockets)
+    try:
+        server.run(sockets=sockets)
+    finally:
+        if log is not None:  # after the event loop: what it cut off has its line, too
+            log.close()
+        if ledger is not None:
+            ledger.close()
     if loader.failure is not None:
         raise loader.failure
     if serving.chat is None and loader.is_alive():
@@ -245,20 +249,40 @@ def open_certificate(settings: Settings) -> Certificate | None:
     return Certificate(settings.ssl_certfile, settings.ssl_keyfile)
 
 
-def open_log(settings: Settings) -> RequestLog | None:
+def open_log(settings: Settings, drops: MutableSequence[int] | None = None) -> RequestLog | None:
+    """The request log, if there is to be one; it counts lost lines at the end of ``drops``.
+    Raises ``StartupError``."""
     if settings.log_file is None:
         return None
+    return RequestLog(
+        open_log_file(settings.log_file, settings),
+        clock=time.monotonic,
+        redaction=redaction(settings),
+        drops=drops,
+        place=-1,
+    )
+
+
+def redaction(settings: Settings) -> Redaction | None:
+    return Redaction(settings.log_redact, time.thread_time) if settings.log_redact else None
+
+
+def open_log_file(path: str, settings: Settings) -> LogFile:
+    """Raises ``StartupError``."""
+    retention = Retention(
+        max_bytes=settings.log_max_mb * 2**20,
+        max_age_s=settings.log_max_age_h * 3600,
+        max_count=settings.log_max_count,
+        total_bytes=settings.log_total_mb * 2**20,
+    )
     try:
-        return RequestLog(
-            settings.log_file,
-            max_mb=settings.log_max_mb,
-            max_count=settings.log_max_count,
-            content=settings.log_content,
-        )
-    except OSError as error:
+        return LogFile(path, retention, time.time)
+    except BlockingIOError as error:
         raise StartupError(
-            f"--log-file {settings.log_file} cannot be written: {error.strerror}."
+            f"--log-file {path} is written by another server. Each needs a file of its own."
         ) from error
+    except OSError as error:
+        raise StartupError(f"--log-file {path} cannot be written: {error.strerror}.") from error
 
 
 def _end_children() -> None:

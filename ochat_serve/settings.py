@@ -8,6 +8,7 @@ import ipaddress
 import re
 from typing import Annotated, Literal
 
+import regex
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -31,6 +32,17 @@ def _stream_period(value: object) -> object:
     raise ValueError(f"must be '{AUTO}' or a number of tokens from 1 to {MAX_STREAM_PERIOD}")
 
 
+def _pattern(value: str) -> str:
+    try:
+        matches_nothing = regex.compile(value).search("") is not None
+    except regex.error as error:
+        raise ValueError(f"is not a regular expression: {error}") from error
+    if matches_nothing:
+        raise ValueError("must not match the empty text: it would match everywhere")
+    return value
+
+
+Pattern = Annotated[str, AfterValidator(_pattern)]
 StreamPeriod = Annotated[int | Literal["auto"], BeforeValidator(_stream_period)]
 
 
@@ -250,9 +262,23 @@ class Settings(BaseModel):
     log_max_mb: int = Field(
         128, ge=1, description="Size of the log file before it is rotated, in MiB."
     )
+    log_max_age_h: float = Field(
+        168, gt=0, description="Age of the log file before it is rotated, in hours."
+    )
     log_max_count: int = Field(10, ge=1, description="Rotated log files to keep.")
-    log_content: bool = Field(
-        False, description="Write requests and answers into the log, not only their metadata."
+    log_total_mb: int = Field(
+        1024, ge=1, description="Size of all rotated log files together, in MiB."
+    )
+    # ``caller.LogContent``, which keys may have, too.
+    log_content: Literal["none", "truncated", "full"] = Field(
+        "none",
+        description="What the log keeps of requests and answers, beside their metadata. The "
+        "flag alone means full. A key's own level wins.",
+    )
+    log_redact: tuple[Pattern, ...] = Field(
+        (),
+        description="Regular expressions: what they match in a logged text becomes [redacted]. "
+        "Given several times, they add up.",
     )
 
     # Usage
@@ -275,6 +301,11 @@ class Settings(BaseModel):
             raise ValueError("--ssl-certfile and --ssl-keyfile are needed together")
         if self.allow_credentials and "*" in self.allowed_origins:
             raise ValueError('--allow-credentials needs named --allowed-origins, not "*"')
+        if self.log_total_mb < self.log_max_mb:
+            raise ValueError(
+                f"--log-total-mb {self.log_total_mb} is less than --log-max-mb {self.log_max_mb}: "
+                "a rotated file might not fit"
+            )
         return self
 
     @property

@@ -40,6 +40,7 @@ class ScriptedGeneration:
     """Gives one update at each ``take``, so that a test sees every one of its script."""
 
     finished: bool = False
+    taken: int = 0
     _come: deque[Update | Exception] = field(default_factory=deque)
     _played: bool = False
     _ready: Callable[[], None] = lambda: None
@@ -68,6 +69,7 @@ class ScriptedGeneration:
         if not self._come:
             return None
         step = self._come.popleft()
+        self.taken += 1
         if isinstance(step, Exception):
             raise step
         if self._come:
@@ -156,7 +158,6 @@ def service(
     engine: ScriptedEngine,
     settings: Settings | None = None,
     prompts: WordPrompts | None = None,
-    log_content: bool = False,
     limits: Limits | None = None,
 ) -> ChatService:
     return ChatService(
@@ -165,7 +166,6 @@ def service(
         clock=lambda: 0.0,
         now=lambda: 1_700_000_000.0,
         limits=limits or MemoryLimits(lambda: 1_700_000_000.0, periods),
-        log_content=log_content,
     )
 
 

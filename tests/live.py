@@ -9,8 +9,8 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import uvicorn
 from fastapi import FastAPI
@@ -21,6 +21,10 @@ from ochat_serve.tls import Certificate, kept_fresh
 T = TypeVar("T")
 START_TIMEOUT_S = 10
 STOP_TIMEOUT_S = 40
+
+
+class Closable(Protocol):
+    def close(self) -> None: ...
 
 
 class LiveServer:
@@ -89,15 +93,21 @@ class LiveServer:
 
 @contextlib.contextmanager
 def live(
-    app: FastAPI, protocol: type[asyncio.Protocol] = HttpProtocol, **options: Any
+    app: FastAPI,
+    protocol: type[asyncio.Protocol] = HttpProtocol,
+    closing: Sequence[Closable] = (),
+    **options: Any,
 ) -> Iterator[LiveServer]:
-    """``options`` are LiveServer's."""
+    """``options`` are LiveServer's; ``closing`` is closed when no request is left, as
+    ``server.serve`` does it with the log and the ledger."""
     server = LiveServer(app, protocol, **options)
     server.start()
     try:
         yield server
     finally:
         server.stop()
+        for each in closing:
+            each.close()
 
 
 def eventually(condition: Callable[[], object], within_s: float = 5) -> bool:

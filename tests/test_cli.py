@@ -79,8 +79,11 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "allowed_headers": (["[]"], ()),
     "log_file": (["openchat.log"], "openchat.log"),
     "log_max_mb": (["1"], 1),
+    "log_max_age_h": (["0.5"], 0.5),
     "log_max_count": (["2"], 2),
-    "log_content": ([], True),
+    "log_total_mb": (["512"], 512),
+    "log_content": (["truncated"], "truncated"),
+    "log_redact": (["a+", r"\d{4}"], ("a+", r"\d{4}")),
     "usage_db": (["usage.sqlite"], SecretStr("usage.sqlite")),
 }
 
@@ -129,6 +132,22 @@ def test_every_flag_has_help(name: str):
     assert "".join(field.description.split()) in text
     if isinstance(field.default, str | int | float) and not isinstance(field.default, bool):
         assert f"(default:{field.default})" in text
+
+
+def test_the_bare_log_content_is_all_of_it(tmp_path: Path):
+    """As it was when it was a switch."""
+    assert command("--log-content").settings.log_content == "full"
+    assert command("--log-content --port 5").settings == Settings(log_content="full", port=5)
+    for value, level in {"true": "full", "false": "none", "none": "none", "null": "none"}.items():
+        argv = config(tmp_path, f"log-content: {value}\nport: 5\n")
+        assert parse(argv, {}).settings == Settings(log_content=level, port=5)
+
+
+def test_patterns_add_up(tmp_path: Path):
+    """One that got lost would be a secret in the log."""
+    argv = config(tmp_path, "log-redact: [a, b]\n")
+    told = parse([*argv, "--log-redact", "c", "--log-redact", "d e", "--port", "5"], {})
+    assert told.settings.log_redact == ("a", "b", "c", "d e")
 
 
 def test_asking_for_help_is_no_error(capsys: pytest.CaptureFixture[str]):
@@ -273,6 +292,23 @@ def test_loopback_needs_no_keys(host: str):
         (["--log-max-mb", "0"], "--log-max-mb 0: must be greater than or equal to 1."),
         (["--strict-parameters=1"], None),
         (
+            ["--log-content", "some"],
+            "--log-content some: must be 'none', 'truncated' or 'full'.",
+        ),
+        (["--log-max-age-h", "0"], "--log-max-age-h 0: must be greater than 0."),
+        (
+            ["--log-total-mb", "100"],
+            "--log-total-mb 100 is less than --log-max-mb 128: a rotated file might not fit.",
+        ),
+        (
+            ["--log-redact", "a+", "(b"],
+            "--log-redact '(b': is not a regular expression: missing ) at position 2.",
+        ),
+        (
+            ["--log-redact", "a*"],
+            "--log-redact 'a*': must not match the empty text: it would match everywhere.",
+        ),
+        (
             ["--allowed-origins", "*"],
             "Argument --allowed-origins: '*' is not a JSON list of strings.",
         ),
@@ -369,7 +405,7 @@ def test_a_config_file_is_a_command_line(tmp_path: Path):
         served_model_name=("a", "b"),
         api_keys=("k1", "k2"),
         allowed_origins=("https://a.example",),
-        log_content=True,
+        log_content="full",
     )
     assert told.engine_flags == (
         *("--tensor-parallel-size", "2"),

@@ -3,14 +3,18 @@
 import re
 import subprocess
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from ochat_serve import cli
 from ochat_serve.app import create_app
+from ochat_serve.caller import LogContent
 from ochat_serve.chat_request import REFUSED
 from ochat_serve.protocol.chat import ChatCompletionRequest
+from ochat_serve.request_log import Outcome
+from ochat_serve.request_log.record import KEPT_CHARS
 from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings
 from ochat_serve.templates.registry import MODEL_TYPES
@@ -18,6 +22,7 @@ from ochat_serve.templates.registry import MODEL_TYPES
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 API = (ROOT / "docs" / "api.md").read_text()
+REQUEST_LOG = (ROOT / "docs" / "request-log.md").read_text()
 TEMPLATES = (ROOT / "docs" / "templates.md").read_text()
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -68,6 +73,15 @@ def test_every_header_and_error_code_of_the_source_is_in_the_api_tables() -> Non
 
 def test_every_model_type_is_in_the_templates_table() -> None:
     assert set(MODEL_TYPES) <= words_in_code(TEMPLATES)
+
+
+def test_every_field_and_outcome_is_in_the_logs_tables() -> None:
+    source = (ROOT / "ochat_serve" / "request_log" / "record.py").read_text()
+    fields = set(re.findall(r'^            "([a-z_]+)": ', source, flags=re.MULTILINE))
+    assert {"time", "queue_s", "outputs"} <= fields
+    words = {*get_args(Outcome), *get_args(LogContent), *fields}
+    assert words <= words_in_code(REQUEST_LOG), words - words_in_code(REQUEST_LOG)
+    assert str(KEPT_CHARS) in REQUEST_LOG
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

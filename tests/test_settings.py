@@ -22,7 +22,7 @@ def test_closed_unless_opened():
     settings = Settings()
     assert settings.allowed_origins == ()
     assert not settings.insecure_no_auth
-    assert not settings.log_content
+    assert settings.log_content == "none"
 
 
 def test_frozen():
@@ -83,7 +83,10 @@ def test_a_certificate_needs_its_key_and_a_key_its_certificate():
         ("port", [0, 65535], [-1, 65536]),
         ("api_server_count", [1, 64], [0, 65]),
         ("log_max_mb", [1], [0]),
+        ("log_max_age_h", [0.001], [0, -1, float("inf"), float("nan")]),
         ("log_max_count", [1], [0]),
+        ("log_total_mb", [128], [0, 127]),
+        ("log_content", ["none", "truncated", "full"], ["", "all", True, None]),
     ],
 )
 def test_ranges(name: str, good: list[object], bad: list[object]):

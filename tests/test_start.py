@@ -12,6 +12,8 @@ import httpx
 import psutil
 import pytest
 
+from ochat_serve.server import open_log
+from ochat_serve.settings import Settings
 from tests.certificates import Authority, Pair
 from tests.live import eventually
 from tests.model_folders import llama3
@@ -72,6 +74,7 @@ def the_sentence(done: subprocess.CompletedProcess[str]) -> str:
             ["--usage-db", "/no/such/folder/x", "--api-server-count", "2"],
             "--usage-db /no/such/folder/x cannot be used: No such",
         ),
+        (["--log-redact", "("], "--log-redact '(': is not a regular expression"),
         (["--config", "/no/such.yaml"], "--config /no/such.yaml cannot be read"),
         (["--key-file", "/no/such.json"], "The key file /no/such.json cannot be read: No such"),
     ],
@@ -86,6 +89,20 @@ def test_a_port_in_use() -> None:
         port = taken.getsockname()[1]
         said = the_sentence(start("--model", "demo", "--port", str(port)))
     assert said.startswith(f"Port {port} of localhost is in use.")
+
+
+@pytest.mark.parametrize("front_ends", ["1", "2"])
+def test_a_log_of_another_server(tmp_path: Path, front_ends: str) -> None:
+    path = str(tmp_path / "requests.log")
+    others = open_log(Settings(log_file=path))
+    said = the_sentence(
+        start("--log-file", path, "--port", str(free_port()), "--api-server-count", front_ends)
+    )
+    assert others is not None
+    others.close()
+    assert said == (
+        f"--log-file {path} is written by another server. Each needs a file of its own."
+    )
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ class Auth:
         try:
             caller = self._admitted(scope)
             if caller.is_limited and scope["type"] == "http":
-                scope["state"]["record"].key = caller.name
+                scope["state"]["record"].sent_by(caller)
                 scope["state"]["record"].headers.update(await self._limits.request(caller))
         except ApiError as error:
             if scope["type"] == "http":
@@ -76,7 +76,7 @@ class Auth:
             return
         if scope["type"] == "http":
             scope["state"]["caller"] = caller
-            scope["state"]["record"].key = caller.name
+            scope["state"]["record"].sent_by(caller)
         await self._app(scope, receive, send)
 
     def _admitted(self, scope: Scope) -> Caller:

@@ -4,6 +4,7 @@ It gives the request its id, turns what nobody expected into an error body, and 
 record per API request to the log and the ledger, whatever became of the request.
 """
 
+import asyncio
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -13,8 +14,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ochat_serve.caller import LogContent
 from ochat_serve.errors import ServerFault
-from ochat_serve.request_log import RequestRecord
+from ochat_serve.request_log import RequestRecord, outcome_of
 from ochat_serve.routes.replies import error_response, header
 from ochat_serve.streaming import error_event
 
@@ -26,7 +28,8 @@ _MAX_LOGGED_PATH = 256
 
 class Boundary:
     """Wraps the whole app.  Each finished record is given to all ``writers``: what one of them
-    sums up is the sum of what another writes down."""
+    sums up is the sum of what another writes down.  ``content`` is what the log keeps of a
+    request whose key says nothing else; None keeps no log."""
 
     def __init__(
         self,
@@ -34,9 +37,11 @@ class Boundary:
         writers: Sequence[Callable[[RequestRecord], None]],
         clock: Callable[[], float],
         now: Callable[[], float],
+        content: LogContent | None = None,
     ) -> None:
         self._app = app
         self._writers = writers
+        self._content = content
         self._clock = clock
         self._now = now
 
@@ -64,6 +69,9 @@ class Boundary:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
             record.outcome = "abandoned"
+        except asyncio.CancelledError:
+            record.outcome = record.outcome or "shutdown"  # nothing else cancels a request
+            raise
         except Exception:  # the one place for what nobody expected
             logger.exception("Request %s failed", record.request_id)
             record.error = "unexpected"
@@ -88,13 +96,13 @@ class Boundary:
             request_id=request_id,
             method=scope["method"],
             path=scope["path"][:_MAX_LOGGED_PATH],
+            content=self._content,
             client=client[0] if client else None,
         )
 
     def _finish(self, record: RequestRecord) -> None:
         if record.outcome is None:
-            ok = record.error is None and record.status is not None and record.status < 400
-            record.outcome = "finished" if ok else "failed"
+            record.outcome = outcome_of(record.status, record.error)
         if record.path.startswith(_LOGGED_PREFIX):
             for write in self._writers:
                 write(record)

@@ -15,6 +15,7 @@ from ochat_serve.usage.database import Database, DatabaseError
 FLUSH_INTERVAL_S = 0.5
 logger = logging.getLogger(__name__)
 _NOTHING = Usage(0)
+_NO_ERROR = ("finished", "abandoned")
 
 
 class Finished(Protocol):
@@ -66,7 +67,7 @@ class UsageLedger:
             counters.prompt_tokens += used.prompt_tokens
             counters.completion_tokens += used.completion_tokens
             counters.cached_tokens += used.cached_tokens
-            counters.errors += request.outcome == "failed"
+            counters.errors += request.outcome not in _NO_ERROR
             counters.aborted += request.outcome == "abandoned"
 
     def read(self, first_day: str, last_day: str, key: str | None = None) -> list[Row]:

@@ -13,7 +13,6 @@ from openai import OpenAI
 
 from ochat_serve.app import create_app
 from ochat_serve.generation import Delta, Update
-from ochat_serve.request_log import RequestLog
 from ochat_serve.server import KEEP_ALIVE_TIMEOUT_S
 from ochat_serve.settings import Settings
 from tests.certificates import Authority
@@ -21,6 +20,7 @@ from tests.fakes import ScriptedEngine, Wait, serving, words
 from tests.gateways.programs import CONFIGS, PROGRAMS, Place, gateway
 from tests.live import LiveServer, RawClient, eventually, live
 from tests.process import free_port
+from tests.request_log.files import request_log
 
 CHAT = "/v1/chat/completions"
 ASK = {"messages": [{"role": "user", "content": "one two"}], "stream": True}
@@ -41,7 +41,7 @@ def engine() -> ScriptedEngine:
 @pytest.fixture
 def server(engine: ScriptedEngine, tmp_path: Path) -> Iterator[LiveServer]:
     settings = Settings()
-    log = RequestLog(str(tmp_path / "requests.log"), max_mb=1, max_count=1, content=False)
+    log = request_log(tmp_path / "requests.log")
     app = create_app(settings, serving(engine, settings), log)
 
     @app.get("/v1/seen")
@@ -53,7 +53,7 @@ def server(engine: ScriptedEngine, tmp_path: Path) -> Iterator[LiveServer]:
     async def accel() -> Response:
         return Response("plain", headers={"x-accel-redirect": "/v1/models"})
 
-    with live(app) as running:
+    with live(app, closing=(log,)) as running:
         yield running
 
 

@@ -10,10 +10,10 @@ from starlette.types import Receive, Scope, Send
 
 from ochat_serve.app import create_app
 from ochat_serve.middleware.gateway import Gateway
-from ochat_serve.request_log import RequestLog
 from ochat_serve.settings import Settings
 from tests.fakes import ScriptedEngine, serving
 from tests.live import eventually, live
+from tests.request_log.files import request_log
 
 GATEWAY = "10.0.0.1"
 CLIENT = "203.0.113.7"
@@ -133,8 +133,9 @@ def log_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def url(log_file: Path) -> Iterator[str]:
     settings = Settings(root_path="/llm", admin_keys=("sk-a",), allowed_origins=("https://a.b",))
-    log = RequestLog(str(log_file), max_mb=1, max_count=1, content=False)
-    with live(create_app(settings, serving(ScriptedEngine(), settings), log)) as server:
+    log = request_log(log_file)
+    app = create_app(settings, serving(ScriptedEngine(), settings), log)
+    with live(app, closing=(log,)) as server:
         yield server.url
 
 

@@ -11,10 +11,11 @@ from ochat_serve.caller import Caller
 from ochat_serve.errors import Unavailable
 from ochat_serve.generation import Delta, Update
 from ochat_serve.protocol.chat import ChatCompletionRequest
-from ochat_serve.request_log import RequestLog, RequestRecord
+from ochat_serve.request_log import RequestRecord
 from ochat_serve.settings import Settings
 from tests.fakes import ScriptedEngine, Wait, serving, words
 from tests.live import RawClient, eventually, live
+from tests.request_log.files import request_log
 
 CHAT = "/v1/chat/completions"
 ASK = {"messages": [{"role": "user", "content": "one two"}]}
@@ -32,7 +33,8 @@ class Served:
         self.engine = ScriptedEngine(script=script)
         self.serving = serving(self.engine)
         self.file = folder / "requests.log"
-        log = RequestLog(str(self.file), max_mb=1, max_count=1, content=False)
+        log = request_log(self.file)
+        self.closing = (log,)
         self.app = create_app(Settings(), self.serving, log)
 
     def fail(self, server: object) -> None:
@@ -45,7 +47,7 @@ class Served:
 
 def test_a_stream_that_has_begun_ends_with_an_error_event(tmp_path: Path) -> None:
     served = Served(tmp_path, [*BEGUN, Wait()])
-    with live(served.app) as server, RawClient(server.port) as client:
+    with live(served.app, closing=served.closing) as server, RawClient(server.port) as client:
         client.post(CHAT, json.dumps({**ASK, "stream": True}).encode())
         client.read_until(b'"content":"b"')
         served.fail(server)
@@ -54,14 +56,14 @@ def test_a_stream_that_has_begun_ends_with_an_error_event(tmp_path: Path) -> Non
         assert b'finish_reason":"' not in received, "nothing pretends to have finished"
         assert eventually(lambda: served.engine.running == 0)
     line = served.line()
-    assert (line["status"], line["outcome"], line["error"]) == (200, "failed", "shutting_down")
+    assert (line["status"], line["outcome"], line["error"]) == (200, "shutdown", "shutting_down")
     assert line["completion_tokens"] == 2
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_before_the_first_token_it_is_a_503(tmp_path: Path, stream: bool) -> None:
     served = Served(tmp_path, [Wait()])
-    with live(served.app) as server, RawClient(server.port) as client:
+    with live(served.app, closing=served.closing) as server, RawClient(server.port) as client:
         client.post(CHAT, json.dumps({**ASK, "stream": stream}).encode())
         assert eventually(lambda: served.engine.running == 1)
         served.fail(server)
@@ -71,12 +73,12 @@ def test_before_the_first_token_it_is_a_503(tmp_path: Path, stream: bool) -> Non
         assert '"code":"shutting_down"' in received
         assert eventually(lambda: served.engine.running == 0)
     line = served.line()
-    assert (line["status"], line["outcome"], line["error"]) == (503, "failed", "shutting_down")
+    assert (line["status"], line["outcome"], line["error"]) == (503, "shutdown", "shutting_down")
 
 
 def test_one_body_in_its_middle_is_a_503(tmp_path: Path) -> None:
     served = Served(tmp_path, [*BEGUN, Wait()])
-    with live(served.app) as server, RawClient(server.port) as client:
+    with live(served.app, closing=served.closing) as server, RawClient(server.port) as client:
         client.post(CHAT, json.dumps(ASK).encode())
         assert eventually(lambda: served.engine.generations)
         served.fail(server)
@@ -86,7 +88,7 @@ def test_one_body_in_its_middle_is_a_503(tmp_path: Path) -> None:
 
 def test_all_of_many_are_given_up_at_once(tmp_path: Path) -> None:
     served = Served(tmp_path, [*BEGUN, Wait()])
-    with live(served.app) as server:
+    with live(served.app, closing=served.closing) as server:
         clients = [RawClient(server.port) for _ in range(10)]
         for client in clients:
             client.post(CHAT, json.dumps({**ASK, "stream": True}).encode())
@@ -102,7 +104,10 @@ def test_a_reader_that_never_reads_does_not_hide_the_outcome(tmp_path: Path) -> 
     """Its error event cannot be written; the record tells it all the same."""
     script = [*words(*["x" * 8_000] * 2_000)[:-1], Wait()]
     served = Served(tmp_path, script)
-    with live(served.app) as server, RawClient(server.port, receive_buffer=4_096) as client:
+    with (
+        live(served.app, closing=served.closing) as server,
+        RawClient(server.port, receive_buffer=4_096) as client,
+    ):
         client.post(CHAT, json.dumps({**ASK, "stream": True}).encode())
         assert eventually(
             lambda: served.engine.generations and served.engine.generations[0].waiting > 500

@@ -53,7 +53,7 @@ class Capped:
 @pytest.fixture(scope="module")
 def capped() -> Iterator[Capped]:
     engine, prompts = ScriptedEngine(), Encoded()
-    service: ChatService = fakes.service(engine, prompts=prompts, log_content=True)
+    service: ChatService = fakes.service(engine, prompts=prompts)
     with live(create_app(Settings(), Serving("ready", service))) as server:
         yield Capped(server, engine, prompts)
 

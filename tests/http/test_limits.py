@@ -46,7 +46,10 @@ class Limited:
         self.serving = serving or Serving()
         self.serving.chat = service(self.engine, settings, limits=self.serving.limits)
         key_file = KeyFile(self._file)
-        return live(create_app(settings, self.serving, key_file=key_file, ledger=ledger))
+        return live(
+            create_app(settings, self.serving, key_file=key_file, ledger=ledger),
+            closing=(ledger,) if ledger else (),
+        )
 
     @property
     def headers(self) -> dict[str, str]:

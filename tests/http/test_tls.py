@@ -17,7 +17,6 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from ochat_serve.app import create_app
 from ochat_serve.event_loop import EventLoop
 from ochat_serve.generation import Delta, Update
-from ochat_serve.request_log import RequestLog
 from ochat_serve.settings import Settings
 from ochat_serve.tls import Certificate
 from tests.certificates import Authority, Pair
@@ -25,6 +24,7 @@ from tests.fakes import ScriptedEngine, Wait, serving, words
 from tests.http.test_streams import ASK, CHAT, contents, settled
 from tests.live import LiveServer, RawClient, eventually, live
 from tests.process import ROOT, free_port
+from tests.request_log.files import request_log
 
 BODY = json.dumps(ASK).encode()
 
@@ -56,10 +56,10 @@ def server(
     pair: Pair,
     tmp_path: Path,
 ) -> Iterator[LiveServer]:
-    log = RequestLog(str(tmp_path / "requests.log"), max_mb=1, max_count=1, content=False)
+    log = request_log(tmp_path / "requests.log")
     app = create_app(Settings(), serving(engine), log)
     certificate = Certificate(str(pair.certfile), str(pair.keyfile))
-    with live(app, certificate=certificate, new_loop=new_loop) as running:
+    with live(app, closing=(log,), certificate=certificate, new_loop=new_loop) as running:
         yield running
 
 
@@ -77,7 +77,9 @@ def test_one_connection_carries_streams_and_bodies(
         assert len(server.transports) == 1
     with httpx.Client(verify=authority.context) as known:
         assert known.get(server.url + "/readyz").status_code == 200
-    lines = (tmp_path / "requests.log").read_text().splitlines()
+    log = tmp_path / "requests.log"
+    assert eventually(lambda: log.read_text().count("\n") == 2)
+    lines = log.read_text().splitlines()
     assert [json.loads(line)["client"] for line in lines] == ["127.0.0.1"] * 2
 
 

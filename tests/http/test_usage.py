@@ -16,7 +16,7 @@ from ochat_serve.caller import Caller
 from ochat_serve.errors import ServerFault
 from ochat_serve.generation import Delta, Update
 from ochat_serve.protocol.chat import ChatCompletionRequest
-from ochat_serve.request_log import RequestLog, RequestRecord
+from ochat_serve.request_log import RequestRecord
 from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings
 from ochat_serve.usage.counters import ANONYMOUS, Counters, Row
@@ -24,6 +24,7 @@ from ochat_serve.usage.database import sqlite_database
 from ochat_serve.usage.ledger import UsageLedger
 from tests.fakes import ScriptedEngine, Wait, service, words
 from tests.live import LiveServer, RawClient, eventually, live
+from tests.request_log.files import request_log
 from tests.usage.accounts import EVER, sums
 
 CHAT = "/v1/chat/completions"
@@ -43,7 +44,8 @@ class Server:
         settings = Settings(api_keys=tuple(keys), ping_interval_s=0.1)
         database = sqlite_database(str(self.file), busy_timeout_s=0.01)
         self.ledger = UsageLedger(database, anonymous=not keys)
-        log = RequestLog(str(self.log), max_mb=1, max_count=1, content=False)
+        log = request_log(self.log)
+        self.closing = (log, self.ledger)
         self.app = create_app(
             settings, Serving(chat=service(engine, settings)), log, ledger=self.ledger
         )
@@ -64,7 +66,7 @@ def serve(
     folder: Path, *, keys: Sequence[str] = ("sk-a", "sk-b"), engine: ScriptedEngine | None = None
 ) -> Iterator[tuple[Server, LiveServer]]:
     server = Server(folder, keys, engine or ScriptedEngine())
-    with live(server.app) as running:
+    with live(server.app, closing=server.closing) as running:
         yield server, running
 
 

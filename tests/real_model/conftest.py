@@ -13,7 +13,7 @@ import pytest
 from ochat_serve import cli, loader
 from ochat_serve.app import create_app
 from ochat_serve.chat_service import ChatService
-from ochat_serve.request_log import RequestLog
+from ochat_serve.server import open_log
 from ochat_serve.serving import Serving
 from tests.live import LiveServer, eventually, live
 
@@ -53,7 +53,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     log_file = tmp_path_factory.mktemp("log") / "requests.log"
     command = cli.parse(["--model", "demo", "--log-file", str(log_file), "--max-model-len", "2048"])
-    log = RequestLog(str(log_file), max_mb=128, max_count=1, content=False)
+    log = open_log(command.settings)
     serving = Serving()
     with live(create_app(command.settings, serving, log)) as running:
         with warnings.catch_warnings(action="ignore"):  # torch and vLLM warn while they import
@@ -66,3 +66,4 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
             limits=serving.limits,
         )
         yield Demo(running, serving, log_file)
+    log.close()

@@ -36,7 +36,7 @@ def sums(lines: Iterable[dict[str, Any]]) -> list[Row]:
                 line.get("prompt_tokens", 0),
                 line.get("completion_tokens", 0),
                 line.get("cached_tokens", 0),
-                line["outcome"] == "failed",
+                line["outcome"] not in ("finished", "abandoned"),
                 line["outcome"] == "abandoned",
             )
     return [Row(key, day, counters) for (day, key), counters in sorted(accounts.items())]
