@@ -43,9 +43,16 @@ class Demo:
         prefix cache while a request, running or aborted too late, holds one."""
         return self.server.call(self.engine._llm.reset_prefix_cache())
 
-    def log_lines(self, at_least: int) -> list[dict[str, object]]:
-        assert eventually(lambda: self.log_file.read_text().count("\n") >= at_least)
-        return [json.loads(line) for line in self.log_file.read_text().splitlines()]
+    def log_line(self, request_id: str) -> dict[str, object]:
+        """Of one request, when it is written."""
+
+        def found() -> list[dict[str, object]]:
+            lines = map(json.loads, self.log_file.read_text().splitlines())
+            return [line for line in lines if line["request_id"] == request_id]
+
+        assert eventually(found)
+        (line,) = found()
+        return line
 
 
 @pytest.fixture(scope="session")
