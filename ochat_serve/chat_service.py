@@ -3,6 +3,7 @@
 Whatever can be refused is refused in ``ChatService.prepare``, before any work has started.
 """
 
+import hmac
 import json
 import re
 from collections.abc import Callable
@@ -39,7 +40,7 @@ _TOLD_BY_NUMBER = frozenset({"stop", "logit_bias", "stop_token_ids"})
 
 class ChatService:
     """Answers chat requests with one model.  ``clock`` gives seconds from any fixed point,
-    ``now`` Unix seconds."""
+    ``now`` Unix seconds.  ``cache_secret``: see ``cache_salt``."""
 
     def __init__(
         self,
@@ -48,9 +49,11 @@ class ChatService:
         *,
         clock: Callable[[], float],
         now: Callable[[], float],
+        cache_secret: bytes,
         log_content: bool = False,
     ) -> None:
         self.served = served
+        self._cache_secret = cache_secret
         self._strict = settings.strict_parameters
         self._log_content = log_content
         self._clock = clock
@@ -86,7 +89,10 @@ class ChatService:
             )
         check_sampling(request, self._limits)
         prompt = conversation(request)
-        prompt_token_ids = await self.served.prompts.render(prompt, self._limits.max_model_len)
+        salt = cache_salt(self._cache_secret, record.key)
+        prompt_token_ids = await self.served.prompts.render(
+            prompt, self._limits.max_model_len, salt
+        )
         record.usage = Usage(prompt_tokens=len(prompt_token_ids))
         options = sampling_options(request, self._limits, len(prompt_token_ids))
         record.parameters = _logged(options, form)
@@ -101,7 +107,10 @@ class ChatService:
             options=options,
             record=record,
             generate=partial(
-                self.served.engine.generate, prompt_token_ids=prompt_token_ids, options=options
+                self.served.engine.generate,
+                prompt_token_ids=prompt_token_ids,
+                options=options,
+                cache_salt=salt,
             ),
             drops_first_space=self.served.prompts.begins_with_space and not prompt.continues,
             elapsed=lambda: self._clock() - arrived,
@@ -123,6 +132,13 @@ class ChatService:
             f"{', '.join(f'`{name}`' for name in names)}.",
             param="model",
         )
+
+
+def cache_salt(secret: bytes, key: str | None) -> str | None:
+    """What keeps a key's cached prompts from serving others: whoever shares a cache can tell by
+    the time to the first token what another has asked.  Not to be guessed without the secret, and
+    not the client's to choose; None without keys, where all are one."""
+    return None if key is None else hmac.digest(secret, key.encode(), "sha256").hex()
 
 
 def _notes(

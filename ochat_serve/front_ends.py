@@ -8,12 +8,12 @@ import multiprocessing
 import os
 import socket
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ochat_serve import cli
 from ochat_serve.errors import StartupError
-from ochat_serve.loader import PHASES, Share, prepare_engine, say
+from ochat_serve.loader import PHASES, Share, new_cache_secret, prepare_engine, say
 from ochat_serve.request_log import RequestLog, RequestRecord
 from ochat_serve.server import SHUTDOWN_TIMEOUT_S, bind_for_each, open_log, prepare, serve
 
@@ -40,6 +40,7 @@ class Work:
     lines: Lines | None
     log_content: bool
     parent: int
+    cache_secret: bytes = field(repr=False)
 
 
 def run(command: cli.Command) -> int:
@@ -62,7 +63,14 @@ def run(command: cli.Command) -> int:
         from ochat_serve.engine.group import run_group
 
         say(f"{PHASES[-1]} ...")
-        work = Work(command, sockets, lines, log is not None and log.content, os.getpid())
+        work = Work(
+            command,
+            sockets,
+            lines,
+            log_content=log is not None and log.content,
+            parent=os.getpid(),
+            cache_secret=new_cache_secret(),
+        )
         run_group(args, count, front_end, work, stop_timeout_s=STOP_TIMEOUT_S)
     finally:
         if lines is not None:
@@ -80,7 +88,7 @@ def front_end(work: Work, connection: dict[str, Any]) -> int:
             for other in sockets:
                 other.close()
     log = SentLog(work.lines, content=work.log_content) if work.lines is not None else None
-    share = Share(connection, work.parent)
+    share = Share(connection, work.parent, work.cache_secret)
     try:
         return serve(work.command, work.sockets[share.index], log, share)
     except StartupError as error:

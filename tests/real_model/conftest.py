@@ -58,5 +58,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     with live(create_app(command.settings, serving, log)) as running:
         with warnings.catch_warnings(action="ignore"):  # torch and vLLM warn while they import
             served = loader.load(command, lambda phase: None)
-        serving.chat = ChatService(served, command.settings, clock=time.monotonic, now=time.time)
+        serving.chat = ChatService(
+            served,
+            command.settings,
+            clock=time.monotonic,
+            now=time.time,
+            cache_secret=loader.new_cache_secret(),
+        )
         yield Demo(running, serving, log_file)
