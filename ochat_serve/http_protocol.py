@@ -27,6 +27,7 @@ from ochat_serve.errors import (
 )
 from ochat_serve.http_bounds import (
     MAX_HEAD_BYTES,
+    MAX_PIPELINED_BYTES,
     BoundedConnection,
     Bounds,
     Deadline,
@@ -105,6 +106,16 @@ class HttpProtocol(H11Protocol):
                 return
             super().data_received(data[start : start + _PIECE])
         self._watch_sender()
+        if self.lost is not None and self.flow.read_paused:
+            self._keep_reading()
+
+    def _keep_reading(self) -> None:
+        """uvicorn stops at a request that came before its turn; but a client that leaves is seen
+        by reading only."""
+        if len(self.conn.trailing_data[0]) > MAX_PIPELINED_BYTES:
+            drop(self.transport)
+        else:
+            self.flow.resume_reading()
 
     def _should_upgrade(self) -> bool:
         return False  # nothing here speaks anything else
