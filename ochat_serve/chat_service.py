@@ -3,6 +3,7 @@
 Whatever can be refused is refused in ``ChatService.prepare``, before any work has started.
 """
 
+import hmac
 import math
 import re
 from collections.abc import Callable
@@ -44,7 +45,7 @@ _TOLD_BY_NUMBER = frozenset({"stop", "logit_bias", "stop_token_ids"})
 
 class ChatService:
     """Answers chat requests with one model.  ``clock`` gives seconds from any fixed point,
-    ``now`` Unix seconds."""
+    ``now`` Unix seconds.  ``cache_secret``: see ``cache_salt``."""
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class ChatService:
         clock: Callable[[], float],
         now: Callable[[], float],
         limits: KeyLimits,
+        cache_secret: bytes,
     ) -> None:
         self.served = served
         self.health = Health(served.engine, settings.stall_s)
@@ -62,6 +64,7 @@ class ChatService:
         self.admission = _admission(served.engine.info, settings)
         self._queue_timeout_s = settings.queue_timeout_s
         self._request_timeout_s = settings.request_timeout_s
+        self._cache_secret = cache_secret
         self._strict = settings.strict_parameters
         self._clock = clock
         self._now = now
@@ -103,7 +106,10 @@ class ChatService:
             )
         check_sampling(request, self._limits)
         prompt = conversation(request)
-        prompt_token_ids = await self.served.prompts.render(prompt, self._limits.max_model_len)
+        salt = cache_salt(self._cache_secret, caller.name)
+        prompt_token_ids = await self.served.prompts.render(
+            prompt, self._limits.max_model_len, salt
+        )
         options = sampling_options(request, self._limits, len(prompt_token_ids))
         record.usage = Usage(prompt_tokens=len(prompt_token_ids))
         record.parameters = _logged(options, form)
@@ -118,7 +124,10 @@ class ChatService:
             options=options,
             record=record,
             generate=partial(
-                self.served.engine.generate, prompt_token_ids=prompt_token_ids, options=options
+                self.served.engine.generate,
+                prompt_token_ids=prompt_token_ids,
+                options=options,
+                cache_salt=salt,
             ),
             run=partial(
                 Run,
@@ -169,6 +178,13 @@ def _admission(info: EngineInfo, settings: Settings) -> Admission:
         max_queue_tokens=math.ceil(settings.max_queue_tokens / share),
         step_tokens=info.max_num_batched_tokens,
     )
+
+
+def cache_salt(secret: bytes, key: str | None) -> str | None:
+    """What keeps a key's cached prompts from serving others: whoever shares a cache can tell by
+    the time to the first token what another has asked.  Not to be guessed without the secret, and
+    not the client's to choose; None without keys, where all are one."""
+    return None if key is None else hmac.digest(secret, key.encode(), "sha256").hex()
 
 
 def _notes(

@@ -10,14 +10,14 @@ import threading
 import time
 from collections.abc import MutableSequence, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
 from ochat_serve import cli, usage_db
 from ochat_serve.errors import StartupError
-from ochat_serve.loader import PHASES, Share, prepare_engine, say
+from ochat_serve.loader import PHASES, Share, new_cache_secret, prepare_engine, say
 from ochat_serve.request_log import RequestLog
 from ochat_serve.server import (
     SHUTDOWN_TIMEOUT_S,
@@ -47,6 +47,7 @@ class Work:
     lines: list[Connection]
     drops: MutableSequence[int]
     parent: int
+    cache_secret: bytes = field(repr=False)
 
 
 def run(command: cli.Command) -> int:
@@ -69,7 +70,7 @@ def run(command: cli.Command) -> int:
 
         say(f"{PHASES[-1]} ...")
         lines = pipes.senders if pipes is not None else []
-        work = Work(command, sockets, lines, drops, os.getpid())
+        work = Work(command, sockets, lines, drops, os.getpid(), new_cache_secret())
         run_group(args, count, front_end, work, stop_timeout_s=STOP_TIMEOUT_S)
     finally:
         if pipes is not None:
@@ -81,7 +82,7 @@ def run(command: cli.Command) -> int:
 
 def front_end(work: Work, connection: dict[str, Any]) -> int:
     """One of the processes: serves until a signal, or its parent's or engine's death."""
-    share = Share(connection, work.parent)
+    share = Share(connection, work.parent, work.cache_secret)
     for place, sockets in enumerate(work.sockets):
         if place != share.index:
             for other in sockets:

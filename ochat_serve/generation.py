@@ -160,10 +160,15 @@ class Engine(Protocol):
         ...
 
     def generate(
-        self, request_id: str, prompt_token_ids: Sequence[int], options: SamplingOptions
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        options: SamplingOptions,
+        cache_salt: str | None = None,
     ) -> AbstractAsyncContextManager[Generation]:
         """Generate within the context.  Leaving it before the end aborts the work.
 
+        What is computed for a prompt is used again only for prompts of the same ``cache_salt``.
         Entering raises ``errors.ApiError`` for options that the model refuses.
         """
         ...
@@ -194,8 +199,15 @@ class PromptRenderer(Protocol):
         """Whether answers start with a space that is the tokenizer's, not the model's."""
         ...
 
-    async def render(self, conversation: Conversation, max_tokens: int | None = None) -> list[int]:
-        """The prompt's token ids.  Raises ``errors.InvalidRequest`` where the template refuses,
+    async def render(
+        self,
+        conversation: Conversation,
+        max_tokens: int | None = None,
+        cache_salt: str | None = None,
+    ) -> list[int]:
+        """The prompt's token ids; what is remembered of them serves the same ``cache_salt`` only.
+
+        Raises ``errors.InvalidRequest`` where the template refuses,
         ``errors.ContextLengthExceeded`` where text has more tokens than ``max_tokens`` however it
         is encoded; a prompt that fits is never refused by that."""
         ...

@@ -21,6 +21,8 @@ MAX_HEAD_BYTES = 16 * 1024
 MAX_HEADERS = 128
 # JSON written piece by piece comes in some ten chunks a message; so many are read in 40 ms.
 MAX_CHUNKS = 8_192
+# Requests that wait for the answer to the one before them; hardly any client sends any.
+MAX_PIPELINED_BYTES = 256 * 1024
 # The head of a request is one packet or two; whoever takes longer is no client.
 HEADER_TIMEOUT_S = 10
 # What the kernel holds of an answer that is not read: else megabytes per connection.

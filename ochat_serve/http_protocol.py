@@ -28,6 +28,7 @@ from ochat_serve.errors import (
 )
 from ochat_serve.http_bounds import (
     MAX_HEAD_BYTES,
+    MAX_PIPELINED_BYTES,
     BoundedConnection,
     Bounds,
     Deadline,
@@ -95,14 +96,6 @@ class HttpProtocol(H11Protocol):
         else:
             self._watch_sender()
 
-    def handle_events(self) -> None:
-        super().handle_events()
-        # The next request came early.  It waits its turn, but while somebody wants to know
-        # whether the client stays, there must be reading: up to a bound.
-        early = self.conn.their_state is h11.DONE and self.flow.read_paused
-        if early and self.lost is not None and len(self.conn.trailing_data[0]) < HIGH_WATER_LIMIT:
-            self.flow.resume_reading()
-
     def connection_lost(self, exc: Exception | None) -> None:
         self._sender.stop()
         self._reader.stop()
@@ -116,6 +109,16 @@ class HttpProtocol(H11Protocol):
                 return
             super().data_received(data[start : start + _PIECE])
         self._watch_sender()
+        if self.lost is not None and self.flow.read_paused:
+            self._keep_reading()
+
+    def _keep_reading(self) -> None:
+        """uvicorn stops at a request that came before its turn; but a client that leaves is seen
+        by reading only."""
+        if len(self.conn.trailing_data[0]) > MAX_PIPELINED_BYTES:
+            drop(self.transport)
+        else:
+            self.flow.resume_reading()
 
     def _should_upgrade(self) -> bool:
         return False  # nothing here speaks anything else

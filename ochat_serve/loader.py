@@ -2,11 +2,12 @@
 
 import hashlib
 import os
+import secrets
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -29,12 +30,19 @@ def say(text: str) -> None:
     print(f"ochat_serve: {text}", file=sys.stderr, flush=True)
 
 
+def new_cache_secret() -> bytes:
+    """For as long as the engine lives, whose cache ends with it."""
+    return secrets.token_bytes(32)
+
+
 @dataclass(frozen=True)
 class Share:
-    """A front end's part in an engine that its parent has launched."""
+    """A front end's part in an engine that its parent has launched.  With one ``cache_secret`` they
+    share its cache, too."""
 
     connection: Mapping[str, Any]
     parent: int
+    cache_secret: bytes = field(repr=False)
 
     @property
     def index(self) -> int:
@@ -61,6 +69,7 @@ class Loader(threading.Thread):
         self._serving = serving
         self._server = server
         self._share = share
+        self._cache_secret = share.cache_secret if share else new_cache_secret()
         self._started_at = time.monotonic()
 
     def run(self) -> None:
@@ -74,6 +83,7 @@ class Loader(threading.Thread):
                 clock=time.monotonic,
                 now=time.time,
                 limits=self._serving.limits,
+                cache_secret=self._cache_secret,
             )
             self._serving.phase = "ready"
             seconds = time.monotonic() - self._started_at

@@ -8,7 +8,7 @@ came from outside.  Its result is checked all the same: no control token leaves 
 import asyncio
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import takewhile
@@ -99,7 +99,11 @@ class Tokenizer:
         return bool(ids) and self.token_bytes(ids[0]).startswith(b" ")
 
     async def encode(
-        self, chars: int, segments: Callable[[], Sequence[Segment]], max_tokens: int | None = None
+        self,
+        chars: int,
+        segments: Callable[[], Sequence[Segment]],
+        max_tokens: int | None = None,
+        cache_salt: str | None = None,
     ) -> list[int]:
         """The segments' token ids, in order.  Much is rendered and encoded off the event loop;
         ``chars`` tells how much rendering them costs.  Raises ``ContextLengthExceeded``, without
@@ -113,31 +117,31 @@ class Tokenizer:
             return parts
 
         if chars > _INLINE_CHARS:
-            return await self._in_worker(lambda: self.encode_now(rendered()))
+            return await self._in_worker(lambda: self.encode_now(rendered(), cache_salt))
         parts = rendered()
-        if self._new_chars(parts) > _INLINE_CHARS:
-            return await self._in_worker(lambda: self.encode_now(parts))
-        return self.encode_now(parts)
+        if self._new_chars(parts, cache_salt) > _INLINE_CHARS:
+            return await self._in_worker(lambda: self.encode_now(parts, cache_salt))
+        return self.encode_now(parts, cache_salt)
 
     async def _in_worker(self, work: Callable[[], list[int]]) -> list[int]:
         return await asyncio.get_running_loop().run_in_executor(self._workers, work)
 
-    def _new_chars(self, segments: Iterable[Segment]) -> int:
+    def _new_chars(self, segments: Iterable[Segment], salt: str | None) -> int:
         """How much there is to encode that is not remembered."""
         return sum(
             len(segment.text)
             for segment in segments
             if isinstance(segment, Plain)
-            and self._key(segment.text, segment.inside) not in self._remembered
+            and self._key(segment.text, segment.inside, salt) not in self._remembered
         )
 
-    def encode_now(self, segments: Iterable[Segment]) -> list[int]:
+    def encode_now(self, segments: Iterable[Segment], salt: str | None = None) -> list[int]:
         ids: list[int] = []
         for segment in segments:
             if isinstance(segment, Literal):
                 ids += self.encode_literal(segment.text)
             else:
-                ids += self.encode_plain(segment.text, inside=segment.inside)
+                ids += self.encode_plain(segment.text, inside=segment.inside, salt=salt)
         return ids
 
     def encode_literal(self, text: str) -> Sequence[int]:
@@ -146,20 +150,23 @@ class Tokenizer:
             return self._encode_literal(text)
         return self._recognise(text)
 
-    def encode_plain(self, text: str, *, inside: bool = False) -> Sequence[int]:
+    def encode_plain(
+        self, text: str, *, inside: bool = False, salt: str | None = None
+    ) -> Sequence[int]:
         """Token ids of text from outside: never a control token."""
         if not text:
             return ()
-        key = self._key(text, inside)
+        key = self._key(text, inside, salt)
         ids = self._remembered.get(key)
         if ids is None:
             ids = self._encode_plain(text, self._inside if inside else self._plain)
             self._remembered.put(key, ids)
         return ids
 
-    def _key(self, text: str, inside: bool) -> tuple[str, bool]:
-        """What tells encodings apart: most vocabularies know no difference inside a prompt."""
-        return text, inside and self._inside is not self._plain
+    def _key(self, text: str, inside: bool, salt: str | None) -> tuple[str, Hashable]:
+        """What tells encodings apart: most vocabularies know no difference inside a prompt; and
+        callers, or the time that encoding takes would tell one what another has said."""
+        return text, (inside and self._inside is not self._plain, salt)
 
     def _encode_plain(self, text: str, backend: Backend) -> list[int]:
         ids = _encode(backend, text)

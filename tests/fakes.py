@@ -93,6 +93,7 @@ class ScriptedEngine:
     failure: str | None = None
     running: int = 0
     requests: list[tuple[Sequence[int], SamplingOptions]] = field(default_factory=list)
+    cache_salts: list[str | None] = field(default_factory=list)
     generations: list[ScriptedGeneration] = field(default_factory=list)
     refuses: Exception | None = None
     closed: bool = False
@@ -108,11 +109,16 @@ class ScriptedEngine:
 
     @asynccontextmanager
     async def generate(
-        self, request_id: str, prompt_token_ids: Sequence[int], options: SamplingOptions
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        options: SamplingOptions,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator["ScriptedGeneration", None]:
         if self.refuses is not None:
             raise self.refuses
         self.requests.append((prompt_token_ids, options))
+        self.cache_salts.append(cache_salt)
         self.running += 1
         generation = ScriptedGeneration()
         self.generations.append(generation)
@@ -139,7 +145,12 @@ class WordPrompts:
     uses_condition: bool = True
     begins_with_space: bool = False
 
-    async def render(self, conversation: Conversation, max_tokens: int | None = None) -> list[int]:
+    async def render(
+        self,
+        conversation: Conversation,
+        max_tokens: int | None = None,
+        cache_salt: str | None = None,
+    ) -> list[int]:
         return [len(word) for turn in conversation.turns for word in turn.text.split()]
 
 
@@ -166,8 +177,11 @@ def service(
         clock=lambda: 0.0,
         now=lambda: 1_700_000_000.0,
         limits=limits or MemoryLimits(lambda: 1_700_000_000.0, periods),
+        cache_secret=b"secret",
     )
 
 
-def serving(engine: ScriptedEngine, settings: Settings | None = None) -> Serving:
-    return Serving(phase="ready", chat=service(engine, settings))
+def serving(
+    engine: ScriptedEngine, settings: Settings | None = None, prompts: WordPrompts | None = None
+) -> Serving:
+    return Serving(phase="ready", chat=service(engine, settings, prompts))

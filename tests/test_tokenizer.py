@@ -263,6 +263,17 @@ async def test_a_conversation_that_comes_back_costs_only_its_new_turn(llama3):
         assert ids == llama3.tokenizer.encode_now(turns[:end])
 
 
+async def test_what_one_caller_has_said_is_not_remembered_for_another(llama3):
+    """The time that it takes would tell."""
+    tokenizer = Counting(llama3.hf)
+    text = "A document that somebody else may have sent. " * 200
+    for salt, encoded in (("a", len(text)), ("b", len(text)), (None, len(text)), ("a", 0)):
+        tokenizer.encoded = 0
+        ids = await tokenizer.encode(0, lambda: [Plain(text)], cache_salt=salt)
+        assert tokenizer.encoded == encoded
+        assert ids == list(llama3.tokenizer.encode_plain(text))
+
+
 async def test_only_what_is_new_decides_whether_a_worker_is_needed(llama3):
     segments = Watched(Plain("All of this was said before. " * 300))
     await llama3.tokenizer.encode(0, lambda: segments)

@@ -106,14 +106,17 @@ class VllmEngine:
 
     @asynccontextmanager
     async def generate(
-        self, request_id: str, prompt_token_ids: Sequence[int], options: SamplingOptions
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        options: SamplingOptions,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[Generation, None]:
         copies = options.n if options.temperature == 0 else 1
         try:
             params = _sampling_params(options, n=options.n // copies)
-            collector = await self._llm.add_request(
-                request_id, tokens_input(list(prompt_token_ids)), params
-            )
+            prompt = tokens_input(list(prompt_token_ids), cache_salt=cache_salt)
+            collector = await self._llm.add_request(request_id, prompt, params)
         except asyncio.CancelledError:
             await self._llm.abort(request_id)
             raise

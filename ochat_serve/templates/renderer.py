@@ -23,12 +23,17 @@ class TemplateRenderer:
         # Formats made of turns encode every text on its own; a chat template's prompt is one text.
         self.begins_with_space = template.adds_bos and encoder.begins_with_space
 
-    async def render(self, conversation: Conversation, max_tokens: int | None = None) -> list[int]:
+    async def render(
+        self,
+        conversation: Conversation,
+        max_tokens: int | None = None,
+        cache_salt: str | None = None,
+    ) -> list[int]:
         chars = _TURN_CHARS * len(conversation.turns)
         if self._template.reads_texts:
             chars += sum(len(turn.text) for turn in conversation.turns)
         segments = partial(self._template.segments, conversation)
-        return self._bos + await self._encoder.encode(chars, segments, max_tokens)
+        return self._bos + await self._encoder.encode(chars, segments, max_tokens, cache_salt)
 
     def _stop_token_ids(self) -> tuple[int, ...]:
         token = self._template.end_of_turn

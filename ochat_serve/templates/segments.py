@@ -82,11 +82,16 @@ class SegmentEncoder(Protocol):
         ...
 
     async def encode(
-        self, chars: int, segments: Callable[[], Sequence[Segment]], max_tokens: int | None = None
+        self,
+        chars: int,
+        segments: Callable[[], Sequence[Segment]],
+        max_tokens: int | None = None,
+        cache_salt: str | None = None,
     ) -> list[int]:
         """The ids of what ``segments()`` gives.  ``chars`` tells what that call costs, as so many
         characters to encode; much is rendered and encoded off the event loop.  Raises
-        ``errors.ContextLengthExceeded`` where more than ``max_tokens`` are certain beforehand."""
+        ``errors.ContextLengthExceeded`` where more than ``max_tokens`` are certain beforehand.
+        What is remembered serves the same ``cache_salt`` only."""
         ...
 
 

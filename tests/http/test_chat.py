@@ -1,6 +1,7 @@
 """The chat route over a real socket, with a scripted engine behind it."""
 
 import json
+import time
 
 import httpx
 import pytest
@@ -246,18 +247,40 @@ def test_a_client_that_hangs_up_frees_its_slot_within_a_second(stream: bool, beg
         assert eventually(lambda: engine.running == 0, within_s=1)
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_a_pipelined_request_does_not_keep_an_abandoned_one_alive(late: bool) -> None:
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_pipelined_request_does_not_keep_an_abandoned_one_alive(begun: bool) -> None:
+    """Whether it comes with the first one or later."""
     engine = ScriptedEngine(script=[Wait()])
-    early = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
     with live(create_app(Settings(), serving(engine))) as server:
         with RawClient(server.port) as client:
             client.post(CHAT, json.dumps(ASK).encode())
-            if not late:
-                client.send(early)
+            if begun:
+                assert eventually(lambda: engine.running == 1)
+            client.send(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert eventually(lambda: engine.running == 1)
-            if late:
-                client.send(early)
-                (transport,) = server.transports
-                assert eventually(lambda: transport.get_protocol().conn.trailing_data[0])
+            time.sleep(0.05)
         assert eventually(lambda: engine.running == 0, within_s=1)
+
+
+def test_pipelined_requests_are_answered_in_turn_and_not_kept_in_any_number() -> None:
+    wait = Wait()
+    engine = ScriptedEngine(script=[wait, *words("late")])
+    asked = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with live(create_app(Settings(), serving(engine))) as server:
+        with RawClient(server.port) as client:
+            client.post(CHAT, json.dumps(ASK).encode())
+            assert eventually(lambda: engine.running == 1)
+            for _ in range(100):
+                client.send(asked)
+            client.send(asked.replace(b"/livez", b"/version"))
+            server.loop.call_soon_threadsafe(wait.go.set)
+            received = client.read_until(b'"vllm"')
+            assert received.index(b"late") < received.index(b"alive")
+            assert received.count(b"200 OK") == 102
+        with RawClient(server.port) as client:
+            engine.script = [Wait()]
+            client.post(CHAT, json.dumps(ASK).encode())
+            assert eventually(lambda: engine.running == 1)
+            with pytest.raises(OSError, match=r".*"):
+                client.send(asked * 500_000)
+            assert eventually(lambda: engine.running == 0)

@@ -33,7 +33,12 @@ class Encoded(WordPrompts):
 
     count: int = field(default=0)
 
-    async def render(self, conversation: Conversation, max_tokens: int | None = None) -> list[int]:
+    async def render(
+        self,
+        conversation: Conversation,
+        max_tokens: int | None = None,
+        cache_salt: str | None = None,
+    ) -> list[int]:
         self.count += 1
         return [1]
 

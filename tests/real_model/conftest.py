@@ -71,6 +71,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
             clock=time.monotonic,
             now=time.time,
             limits=serving.limits,
+            cache_secret=loader.new_cache_secret(),
         )
         yield Demo(running, serving, log_file)
     log.close()

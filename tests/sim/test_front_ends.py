@@ -18,6 +18,8 @@ from tests.process import ROOT, ServerProcess, alive, server_process
 CHAT = "/v1/chat/completions"
 CONNECTIONS = 40
 ASK = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
+LONG = [{"role": "user", "content": "a long question " * 100}]
+KEYS = ("sk-one", "sk-two")
 
 
 @contextlib.contextmanager
@@ -32,8 +34,9 @@ def two_front_ends(
         output=tmp_path / "output.txt", trusted=trusted,
         PYTHONPATH=str(ROOT / "scripts" / "benchmark" / "sim"),
         SIM_STEP_MS="5",
+        OCHAT_API_KEYS=",".join(KEYS),
     ) as server:  # fmt: skip
-        server.wait_until_ready()
+        server.wait_until_ready(KEYS[0])
         assert eventually(lambda: server.output.count("ready in") == 2, within_s=60)
         yield server
 
@@ -50,39 +53,61 @@ def front_ends(server: ServerProcess) -> list[psutil.Process]:
 
 def finished(server: ServerProcess) -> float:
     """Requests that vLLM has counted, over all front ends."""
-    text = httpx.get(server.url + "/metrics").text
+    headers = {"authorization": f"Bearer {KEYS[0]}"}
+    text = httpx.get(server.url + "/metrics", headers=headers).text
     counts = re.findall(r'vllm:request_success_total\{.*"length".*\} (\S+)', text)
     assert len(counts) == 1, "every series stands there once"
     return float(counts[0])
 
 
+def ask(client: RawClient, key: str = KEYS[0], **fields: object) -> None:
+    client.received.clear()
+    headers = ("Content-Type: application/json", f"Authorization: Bearer {key}")
+    client.post(CHAT, json.dumps({**ASK, **fields}).encode(), *headers)
+
+
+def cached_tokens(client: RawClient) -> int:
+    found = re.search(rb'"cached_tokens":(\d+)', client.read_until(b"}}}"))
+    assert found, client.received
+    return int(found[1])
+
+
 def test_two_front_ends_are_one_server(two: ServerProcess, tmp_path: Path) -> None:
     clients = [RawClient(two.port) for _ in range(CONNECTIONS)]
     for client in clients:
-        client.post(CHAT, json.dumps(ASK).encode())
+        ask(client)
     for client in clients:
         assert b"200 OK" in client.read_until(b'"completion_tokens":4')
     # The kernel deals connections out by chance: all 40 to one process is as good as impossible.
     held = [len(process.net_connections("tcp")) for process in front_ends(two)]
     assert len(held) == 2
     assert all(count > 1 for count in held), held  # the listening socket is one
+    # What a key has asked of one front end comes from the cache of either; not for another key.
+    cached = []
+    for client in clients:
+        ask(client, messages=LONG)
+        cached.append(cached_tokens(client) > 0)
+    assert cached == [False] + [True] * (CONNECTIONS - 1)
+    ask(clients[0], KEYS[1], messages=LONG)
+    assert cached_tokens(clients[0]) == 0
     for client in clients:
         client.hang_up()
-    assert finished(two) == CONNECTIONS
+    answered = 2 * CONNECTIONS + 1
+    assert finished(two) == answered
     log = tmp_path / "requests.log"
-    assert eventually(lambda: log.read_text().count("\n") == CONNECTIONS)
+    assert eventually(lambda: log.read_text().count("\n") == answered)
 
     # A signal lets the stream finish; then nothing is left, and every request stands in the log.
     children = two.children()
     with RawClient(two.port) as client:
-        client.post(CHAT, json.dumps({**ASK, "max_tokens": 300, "stream": True}).encode())
+        ask(client, max_tokens=300, stream=True)
         client.read_until(b'"content":"The"')
         two.process.terminate()
         assert b'"finish_reason":"length"' in client.read_until(b"data: [DONE]")
     assert two.process.wait(60) == 0
     assert eventually(lambda: not any(map(alive, children)), within_s=10)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [line["outcome"] for line in lines] == ["finished"] * (CONNECTIONS + 1)
+    assert [line["outcome"] for line in lines] == ["finished"] * (answered + 1)
     assert lines[-1]["completion_tokens"] == 300
 
 
