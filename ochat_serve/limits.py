@@ -134,7 +134,10 @@ class MemoryLimits:
         now = self._now()
         use = self._of(reservation.caller, now)
         use.parallel -= 1
-        use.tokens.level += reservation.tokens - tokens
+        limit = reservation.caller.limits.tokens_per_minute
+        if limit is not None:  # else nothing was taken from the bucket
+            use.tokens.available(limit, now)
+            use.tokens.level += reservation.tokens - tokens
         self._count(use, reservation.periods, reservation.caller, tokens - reservation.tokens)
 
     async def close(self) -> None:

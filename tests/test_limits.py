@@ -108,6 +108,19 @@ async def test_a_request_larger_than_the_limit_has_all_of_it(
     await limits.reserve(caller, 1)
 
 
+async def test_what_was_used_beyond_is_owed_from_a_full_bucket_too(
+    limits: MemoryLimits, clock: Clock
+) -> None:
+    """What flows in while a request runs does not flow over first and pay for it afterwards."""
+    caller = key(tokens_per_minute=1_000)
+    large, _ = await limits.reserve(caller, 5_000)
+    clock.now += 120
+    await limits.settle(large, 3_000)  # 2,000 beyond, of the 1,000 that are there
+    with pytest.raises(TokensLimited) as e:
+        await limits.reserve(caller, 1)
+    assert e.value.retry_after_s == pytest.approx(61, abs=1)
+
+
 async def test_parallel_requests(limits: MemoryLimits) -> None:
     caller = key(parallel_requests=2)
     held = [(await limits.reserve(caller, 1))[0] for _ in range(2)]
