@@ -67,7 +67,8 @@ class Bucket:
     at: float
 
     def available(self, limit: int, now: float) -> float:
-        self.level = min(limit, self.level + (now - self.at) * limit / MINUTE_S)
+        passed_s = max(0, now - self.at)  # clocks are set back at times
+        self.level = min(limit, self.level + passed_s * limit / MINUTE_S)
         self.at = now
         return self.level
 

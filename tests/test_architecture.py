@@ -30,7 +30,7 @@ LAYERS = (
         "detokenizing",
         "request_log",
     ),
-    ("engine", "tokenizer", "demo_model", "model_source"),
+    ("engine", "tokenizer", "demo_model", "model_source", "redis_limits"),
     ("clock", "chat_request", "run", "chat", "chat_service", "health", "serving"),
     ("app", "routes", "middleware"),
     ("openai_api_server", "keys", "server", "front_ends", "loader", "http_protocol", "cli"),
@@ -62,6 +62,7 @@ ONLY_IN = {
     "vllm": {"engine"},
     "transformers": {"tokenizer", "demo_model"},
     "torch": {"demo_model"},
+    "redis": {"redis_limits"},
     "argparse": {"cli", "keys"},
     "uvicorn": {"server", "loader", "http_protocol"},
 }
@@ -199,6 +200,7 @@ def test_every_name_in_the_table_is_a_module():
         ("engine", "import ray", "imports ray"),
         ("demo_model", "import fastapi", "imports fastapi"),
         ("demo_model", "import vllm.engine", "imports vllm"),
+        ("limits", "import redis.asyncio", "imports redis"),
         ("engine", "from transformers import AutoTokenizer", "imports transformers"),
         ("chat_service", "from ochat_serve.tokenizer import Tokenizer", "imports tokenizer"),
         ("chat_request", "from starlette.requests import Request", "imports starlette"),
@@ -245,7 +247,7 @@ def test_the_app_needs_no_model_libraries():
     """So most tests start in no time, and the front end stays thin."""
     loaded = loaded_after("import ochat_serve.app")
     assert "fastapi" in loaded
-    assert loaded.isdisjoint({"vllm", "torch", "ray", "transformers", "tokenizers"})
+    assert loaded.isdisjoint({"vllm", "torch", "ray", "transformers", "tokenizers", "redis"})
 
 
 def test_the_entry_imports_next_to_nothing():
