@@ -68,7 +68,8 @@ class Bucket:
     at: float
 
     def available(self, limit: int, now: float) -> float:
-        self.level = min(limit, self.level + (now - self.at) * limit / MINUTE_S)
+        passed_s = max(0, now - self.at)  # clocks are set back at times
+        self.level = min(limit, self.level + passed_s * limit / MINUTE_S)
         self.at = now
         return self.level
 
@@ -133,7 +134,10 @@ class MemoryLimits:
         now = self._now()
         use = self._of(reservation.caller, now)
         use.parallel -= 1
-        use.tokens.level += reservation.tokens - tokens
+        limit = reservation.caller.limits.tokens_per_minute
+        if limit is not None:  # else nothing was taken from the bucket
+            use.tokens.available(limit, now)
+            use.tokens.level += reservation.tokens - tokens
         self._count(use, reservation.periods, reservation.caller, tokens - reservation.tokens)
 
     async def close(self) -> None:

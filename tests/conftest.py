@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and most tests need no tokenizer
+    from tests.redis_server import RedisServer
     from tests.vocabularies import Vocabulary
 
 
@@ -63,3 +64,27 @@ def demo(demo_folder) -> "Vocabulary":
     from tests.vocabularies import Vocabulary
 
     return Vocabulary.load(demo_folder)
+
+
+@pytest.fixture(scope="session")
+def _redis_for_all(tmp_path_factory) -> "Iterator[RedisServer]":
+    from tests.redis_server import RedisServer
+
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(_redis_for_all: "RedisServer") -> str:
+    """A Redis that runs and is empty."""
+    _redis_for_all.client.flushall()
+    return _redis_for_all.url
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> "Iterator[RedisServer]":
+    """A Redis of the test's own, to kill and to stop."""
+    from tests.redis_server import RedisServer
+
+    with RedisServer(tmp_path) as server:
+        yield server

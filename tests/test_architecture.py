@@ -33,7 +33,7 @@ LAYERS = (
         "tls",
         "usage",
     ),
-    ("engine", "tokenizer", "demo_model", "model_source"),
+    ("engine", "tokenizer", "demo_model", "model_source", "redis_limits"),
     ("clock", "chat_request", "run", "chat", "chat_service", "health", "serving"),
     ("app", "routes", "middleware"),
     (
@@ -76,6 +76,7 @@ ONLY_IN = {
     "vllm": {"engine"},
     "transformers": {"tokenizer", "demo_model"},
     "torch": {"demo_model"},
+    "redis": {"redis_limits"},
     "argparse": {"cli", "keys"},
     "psycopg": {"usage"},
     "uvicorn": {"server", "loader", "http_protocol"},
@@ -216,6 +217,7 @@ def test_every_name_in_the_table_is_a_module():
         ("engine", "import ray", "imports ray"),
         ("demo_model", "import fastapi", "imports fastapi"),
         ("demo_model", "import vllm.engine", "imports vllm"),
+        ("limits", "import redis.asyncio", "imports redis"),
         ("engine", "from transformers import AutoTokenizer", "imports transformers"),
         ("chat_service", "from ochat_serve.tokenizer import Tokenizer", "imports tokenizer"),
         ("chat_request", "from starlette.requests import Request", "imports starlette"),
@@ -262,7 +264,8 @@ def test_the_app_needs_no_model_libraries():
     """So most tests start in no time, and the front end stays thin."""
     loaded = loaded_after("import ochat_serve.app")
     assert "fastapi" in loaded
-    assert loaded.isdisjoint({"vllm", "torch", "ray", "transformers", "tokenizers", "psycopg"})
+    heavy = {"vllm", "torch", "ray", "transformers", "tokenizers", "psycopg", "redis"}
+    assert loaded.isdisjoint(heavy)
 
 
 def test_the_entry_imports_next_to_nothing():

@@ -1,7 +1,8 @@
-"""What a key may use, counted exactly, by a clock that the test moves."""
+"""What a key may use, counted exactly, by a clock that the test moves: in memory and in Redis."""
 
 import asyncio
 import random
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 
 import pytest
@@ -9,8 +10,10 @@ import pytest
 from ochat_serve.caller import Caller, KeyLimits
 from ochat_serve.clock import periods
 from ochat_serve.errors import ApiError, QuotaExceeded, RequestsLimited, TokensLimited
-from ochat_serve.limits import MemoryLimits, headers
+from ochat_serve.limits import Limits, MemoryLimits, headers
+from ochat_serve.redis_limits import RedisLimits
 
+LEASE_S = 600.0
 NOON = datetime(2026, 2, 27, 12, tzinfo=UTC).timestamp()
 
 
@@ -30,12 +33,44 @@ def clock() -> Clock:
     return Clock()
 
 
+class Place:
+    """Where limits are kept.  Several that are opened are as many processes, but in memory."""
+
+    def __init__(self, clock: Clock, url: str | None) -> None:
+        self._clock = clock
+        self._url = url
+        self._opened: list[Limits] = []
+
+    def open(self, used_before: Callable[[str, str], int] = lambda key, period: 0) -> Limits:
+        limits: Limits
+        if self._url is None:
+            limits = MemoryLimits(self._clock, periods, used_before)
+        else:
+            limits = RedisLimits(
+                self._url, periods, lease_s=LEASE_S, clock=self._clock, used_before=used_before
+            )
+        self._opened.append(limits)
+        return limits
+
+    async def close(self) -> None:
+        for limits in self._opened:
+            await limits.close()
+
+
+@pytest.fixture(params=["memory", "redis"])
+async def place(request: pytest.FixtureRequest, clock: Clock) -> AsyncIterator[Place]:
+    in_redis = request.param == "redis"
+    place = Place(clock, request.getfixturevalue("redis_url") if in_redis else None)
+    yield place
+    await place.close()
+
+
 @pytest.fixture
-def limits(clock: Clock) -> MemoryLimits:
-    return MemoryLimits(clock, periods)
+def limits(place: Place) -> Limits:
+    return place.open()
 
 
-async def accepted(limits: MemoryLimits, caller: Caller, times: int) -> int:
+async def accepted(limits: Limits, caller: Caller, times: int) -> int:
     """How many of so many requests are let in."""
     count = 0
     for _ in range(times):
@@ -47,7 +82,7 @@ async def accepted(limits: MemoryLimits, caller: Caller, times: int) -> int:
     return count
 
 
-async def test_requests_per_minute(limits: MemoryLimits, clock: Clock) -> None:
+async def test_requests_per_minute(limits: Limits, clock: Clock) -> None:
     caller = key(requests_per_minute=60)
     assert await accepted(limits, caller, 100) == 60
     clock.now += 10
@@ -55,7 +90,7 @@ async def test_requests_per_minute(limits: MemoryLimits, clock: Clock) -> None:
     assert await accepted(limits, Caller("bob", limits=caller.limits), 100) == 60
 
 
-async def test_the_rate_is_the_limits(limits: MemoryLimits, clock: Clock) -> None:
+async def test_the_rate_is_the_limits(limits: Limits, clock: Clock) -> None:
     """Asked all the time, at random moments."""
     caller, rng = key(requests_per_minute=30), random.Random(1)
     await accepted(limits, caller, 100)
@@ -66,7 +101,7 @@ async def test_the_rate_is_the_limits(limits: MemoryLimits, clock: Clock) -> Non
     assert count == pytest.approx(30 * 60, rel=0.02)
 
 
-async def test_the_wait_is_exact(limits: MemoryLimits, clock: Clock) -> None:
+async def test_the_wait_is_exact(limits: Limits, clock: Clock) -> None:
     caller = key(requests_per_minute=7)
     await accepted(limits, caller, 7)
     with pytest.raises(RequestsLimited, match=r"7 requests per minute\. .*in 9 s") as e:
@@ -78,7 +113,7 @@ async def test_the_wait_is_exact(limits: MemoryLimits, clock: Clock) -> None:
     assert await accepted(limits, caller, 2) == 1
 
 
-async def test_tokens_are_reserved_and_settled(limits: MemoryLimits, clock: Clock) -> None:
+async def test_tokens_are_reserved_and_settled(limits: Limits, clock: Clock) -> None:
     caller = key(tokens_per_minute=1_000)
     first, told = await limits.reserve(caller, 600)
     assert told["x-ratelimit-remaining-tokens"] == "400"
@@ -94,9 +129,7 @@ async def test_tokens_are_reserved_and_settled(limits: MemoryLimits, clock: Cloc
     assert told["x-ratelimit-remaining-tokens"] == "999"
 
 
-async def test_a_request_larger_than_the_limit_has_all_of_it(
-    limits: MemoryLimits, clock: Clock
-) -> None:
+async def test_a_request_larger_than_the_limit_has_all_of_it(limits: Limits, clock: Clock) -> None:
     """Alone it goes; what it uses beyond the limit is waited for afterwards."""
     caller = key(tokens_per_minute=1_000)
     large, _ = await limits.reserve(caller, 5_000)
@@ -108,7 +141,20 @@ async def test_a_request_larger_than_the_limit_has_all_of_it(
     await limits.reserve(caller, 1)
 
 
-async def test_parallel_requests(limits: MemoryLimits) -> None:
+async def test_what_was_used_beyond_is_owed_from_a_full_bucket_too(
+    limits: Limits, clock: Clock
+) -> None:
+    """What flows in while a request runs does not flow over first and pay for it afterwards."""
+    caller = key(tokens_per_minute=1_000)
+    large, _ = await limits.reserve(caller, 5_000)
+    clock.now += 120
+    await limits.settle(large, 3_000)  # 2,000 beyond, of the 1,000 that are there
+    with pytest.raises(TokensLimited) as e:
+        await limits.reserve(caller, 1)
+    assert e.value.retry_after_s == pytest.approx(61, abs=1)
+
+
+async def test_parallel_requests(limits: Limits) -> None:
     caller = key(parallel_requests=2)
     held = [(await limits.reserve(caller, 1))[0] for _ in range(2)]
     with pytest.raises(RequestsLimited, match="2 parallel requests"):
@@ -121,12 +167,11 @@ async def test_parallel_requests(limits: MemoryLimits) -> None:
     ("limit", "wait_s", "name"),
     [("tokens_per_day", 12 * 3_600, "2026-02-27"), ("tokens_per_month", 36 * 3_600, "2026-02")],
 )
-async def test_quotas(
-    limits: MemoryLimits, clock: Clock, limit: str, wait_s: int, name: str
-) -> None:
+async def test_quotas(limits: Limits, clock: Clock, limit: str, wait_s: int, name: str) -> None:
     caller = key(**{limit: 100})
     first, _ = await limits.reserve(caller, 60)
-    second, _ = await limits.reserve(caller, 60)  # the rest
+    second, _ = await limits.reserve(caller, 60)
+    assert (first.tokens, second.tokens) == (60, 40)  # the rest
     with pytest.raises(QuotaExceeded, match=rf"quota of 100 tokens for {name} \(UTC\)") as e:
         await limits.reserve(caller, 1)
     assert e.value.retry_after_s == wait_s
@@ -140,9 +185,7 @@ async def test_quotas(
     await limits.reserve(caller, 100)
 
 
-async def test_what_began_yesterday_counts_for_yesterday(
-    limits: MemoryLimits, clock: Clock
-) -> None:
+async def test_what_began_yesterday_counts_for_yesterday(limits: Limits, clock: Clock) -> None:
     caller = key(tokens_per_day=100)
     late, _ = await limits.reserve(caller, 100)
     clock.now += 12 * 3_600
@@ -150,16 +193,16 @@ async def test_what_began_yesterday_counts_for_yesterday(
     await limits.reserve(caller, 100)
 
 
-async def test_quotas_go_on_where_the_ledger_stood(clock: Clock) -> None:
+async def test_quotas_go_on_where_the_ledger_stood(place: Place) -> None:
     used = {"2026-02-27": 95, "2026-02": 95}
-    limits = MemoryLimits(clock, periods, lambda name, period: used[period])
+    limits = place.open(lambda name, period: used[period])
     caller = key(tokens_per_day=100, tokens_per_month=1_000)
     await limits.settle((await limits.reserve(caller, 50))[0], 5)
     with pytest.raises(QuotaExceeded):
         await limits.reserve(caller, 1)
 
 
-async def test_nothing_is_taken_by_who_is_refused(limits: MemoryLimits) -> None:
+async def test_nothing_is_taken_by_who_is_refused(limits: Limits) -> None:
     caller = key(tokens_per_minute=100, parallel_requests=5, tokens_per_day=1_000)
     await limits.reserve(caller, 90)
     for _ in range(10):
@@ -169,9 +212,7 @@ async def test_nothing_is_taken_by_who_is_refused(limits: MemoryLimits) -> None:
     assert told["x-ratelimit-remaining-tokens"] == "0"
 
 
-async def test_never_above_the_limit_whatever_runs_at_once(
-    limits: MemoryLimits, clock: Clock
-) -> None:
+async def test_never_above_the_limit_whatever_runs_at_once(limits: Limits, clock: Clock) -> None:
     caller = key(tokens_per_minute=1_000, tokens_per_day=3_000)
     used: list[int] = []
 
@@ -192,13 +233,25 @@ async def test_never_above_the_limit_whatever_runs_at_once(
     assert sum(used) > 2_500
 
 
-def test_changed_limits_are_in_force_at_once(limits: MemoryLimits) -> None:
-    async def run() -> None:
-        assert await accepted(limits, key(requests_per_minute=5), 9) == 5
-        assert await accepted(limits, key(requests_per_minute=60), 9) == 0
-        assert await limits.request(key()) == {}
+async def test_changed_limits_are_in_force_at_once(limits: Limits) -> None:
+    assert await accepted(limits, key(requests_per_minute=5), 9) == 5
+    assert await accepted(limits, key(requests_per_minute=60), 9) == 0
+    assert await limits.request(key()) == {}
 
-    asyncio.run(run())
+
+async def test_a_clock_that_is_set_back_takes_nothing(limits: Limits, clock: Clock) -> None:
+    caller = key(requests_per_minute=60)
+    assert await accepted(limits, caller, 10) == 10
+    clock.now -= 3_600
+    assert await accepted(limits, caller, 100) == 50
+    clock.now += 10
+    assert await accepted(limits, caller, 100) == 10
+
+
+async def test_keys_have_limits_of_their_own(limits: Limits) -> None:
+    alice = key(tokens_per_minute=100, parallel_requests=1, tokens_per_day=100)
+    await limits.reserve(alice, 100)
+    await limits.reserve(Caller("bob", limits=alice.limits), 100)
 
 
 @pytest.mark.parametrize(
