@@ -119,9 +119,12 @@ class MemoryLimits:
         if limits.parallel_requests is not None and use.parallel >= limits.parallel_requests:
             raise parallel_limited(caller, limits.parallel_requests)
         for period, quota in zip(periods, quotas(caller), strict=True):
-            # The last request before the end may go over it, but only one.
-            if quota is not None and use.periods[period.name] >= quota:
-                raise quota_exceeded(caller, quota, period, now)
+            if quota is not None:
+                left = quota - use.periods[period.name]
+                if left <= 0:
+                    raise quota_exceeded(caller, quota, period, now)
+                # The last request before the end may go over it, but only one.
+                tokens = min(tokens, left)
         told: Mapping[str, str] = {}
         if limits.tokens_per_minute is not None:
             tokens = min(tokens, limits.tokens_per_minute)
