@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,11 @@ class Command:
     notices: tuple[str, ...] = ()
     title: str | None = None
     help_all: bool = False
+
+
+def say(text: str) -> None:
+    """One line to the person at the terminal."""
+    print(f"ochat_serve: {text}", file=sys.stderr, flush=True)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -187,8 +187,15 @@ class Unavailable(ApiError):
 
     status = 503
 
-    def __init__(self, message: str, *, code: str, retry_after_s: int) -> None:
-        super().__init__(message, code=code, retry_after_s=retry_after_s)
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str,
+        retry_after_s: int,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message, code=code, retry_after_s=retry_after_s, headers=headers)
 
 
 class DeadlineExceeded(ApiError):

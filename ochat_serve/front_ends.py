@@ -13,14 +13,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import Pipe, get_context
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 from ochat_serve import cli, usage_db
+from ochat_serve.cli import say
+from ochat_serve.ending import leave
 from ochat_serve.errors import StartupError
-from ochat_serve.loader import PHASES, Share, new_cache_secret, prepare_engine, say
+from ochat_serve.http_server import GRACE_S, HURRY, HURRY_S
+from ochat_serve.loader import PHASES, Share, new_cache_secret, prepare_engine
 from ochat_serve.request_log import RequestLog
 from ochat_serve.server import (
-    SHUTDOWN_TIMEOUT_S,
     bind_for_each,
     open_key_file,
     open_log,
@@ -29,8 +31,6 @@ from ochat_serve.server import (
     serve,
 )
 
-# A front end closes its streams before it ends; the engine goes after the last one.
-STOP_TIMEOUT_S = SHUTDOWN_TIMEOUT_S + 15
 CLOSE_TIMEOUT_S = 10
 
 
@@ -71,16 +71,22 @@ def run(command: cli.Command) -> int:
         say(f"{PHASES[-1]} ...")
         lines = pipes.senders if pipes is not None else []
         work = Work(command, sockets, lines, drops, os.getpid(), new_cache_secret())
-        run_group(args, count, front_end, work, stop_timeout_s=STOP_TIMEOUT_S)
+        return run_group(
+            args,
+            count,
+            front_end,
+            work,
+            stop_timeout_s=settings.drain_s + GRACE_S + HURRY_S,
+            hurry=HURRY,
+        )
     finally:
         if pipes is not None:
             pipes.close()
         if log is not None:
             log.close()
-    return 0
 
 
-def front_end(work: Work, connection: dict[str, Any]) -> int:
+def front_end(work: Work, connection: dict[str, Any]) -> NoReturn:
     """One of the processes: serves until a signal, or its parent's or engine's death."""
     share = Share(connection, work.parent, work.cache_secret)
     for place, sockets in enumerate(work.sockets):
@@ -93,10 +99,11 @@ def front_end(work: Work, connection: dict[str, Any]) -> int:
     log = _sent_log(work, share.index) if work.lines else None
     try:
         ledger = usage_db.open_ledger(work.command.settings)
-        return serve(work.command, work.sockets[share.index], log, ledger, share)
+        code = serve(work.command, work.sockets[share.index], log, ledger, share)
     except StartupError as error:
         say(f"front end {share.index + 1}: {error}")
-        return 1
+        code = 1
+    leave(code)
 
 
 def _sent_log(work: Work, place: int) -> RequestLog:

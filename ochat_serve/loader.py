@@ -3,19 +3,18 @@
 import hashlib
 import os
 import secrets
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import uvicorn
-
 from ochat_serve import __version__, cli
 from ochat_serve.chat_service import ChatService
+from ochat_serve.cli import say
 from ochat_serve.errors import StartupError
 from ochat_serve.generation import ServedModel
+from ochat_serve.http_server import HttpServer
 from ochat_serve.serving import Serving
 
 if TYPE_CHECKING:  # it imports transformers, which takes seconds
@@ -23,11 +22,6 @@ if TYPE_CHECKING:  # it imports transformers, which takes seconds
 
 WATCH_INTERVAL_S = 1
 PHASES = ("finding the model", "importing vLLM", "loading the tokenizer", "loading the weights")
-
-
-def say(text: str) -> None:
-    """One line to the person at the terminal."""
-    print(f"ochat_serve: {text}", file=sys.stderr, flush=True)
 
 
 def new_cache_secret() -> bytes:
@@ -60,7 +54,7 @@ class Loader(threading.Thread):
         self,
         command: cli.Command,
         serving: Serving,
-        server: uvicorn.Server,
+        server: HttpServer,
         share: Share | None = None,
     ) -> None:
         super().__init__(name="load", daemon=True)
@@ -77,6 +71,7 @@ class Loader(threading.Thread):
             served = load(
                 self._command, self._phase, self._share.connection if self._share else None
             )
+            self._server.children.look()
             self._serving.chat = ChatService(
                 served,
                 self._command.settings,
@@ -105,10 +100,17 @@ class Loader(threading.Thread):
         that whoever supervises it starts a new one."""
         while not self._server.should_exit:
             time.sleep(WATCH_INTERVAL_S)
-            if served.engine.failure is not None and not self._server.should_exit:
-                raise StartupError(f"{served.engine.failure} The server ends with it.")
-            if self._share is not None and os.getppid() != self._share.parent:
-                raise StartupError("The parent process has died. The front end ends with it.")
+            reason = self._end_of(served)
+            if reason is not None and not self._server.should_exit:
+                self._server.hurry(1, reason)
+                raise StartupError(reason)
+
+    def _end_of(self, served: ServedModel) -> str | None:
+        if served.engine.failure is not None:
+            return f"{served.engine.failure} The server ends with it."
+        if self._share is not None and os.getppid() != self._share.parent:
+            return "The parent process has died. The front end ends with it."
+        return None
 
 
 def prepare_engine(command: cli.Command, phase: Callable[[str], None]) -> tuple["ModelSource", Any]:

@@ -33,4 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    from ochat_serve.ending import leave
+
+    leave(code)

@@ -4,36 +4,35 @@ The port answers from the first second: vLLM is imported and the model loaded in
 beside the running server.
 """
 
-import contextlib
 import errno
 import os
 import resource
-import signal
 import socket
 import time
-from collections.abc import Iterator, MutableSequence
+from collections.abc import MutableSequence
 
 import setproctitle
 import uvicorn
 
 from ochat_serve import cli
 from ochat_serve.app import create_app
+from ochat_serve.cli import say
 from ochat_serve.clock import periods
 from ochat_serve.errors import StartupError
 from ochat_serve.http_bounds import HEADER_TIMEOUT_S, Bounds
 from ochat_serve.http_protocol import HttpProtocol
+from ochat_serve.http_server import HttpServer
 from ochat_serve.key_file import KeyFile, KeyFileError
 from ochat_serve.limits import Limits, MemoryLimits
-from ochat_serve.loader import Loader, Share, say
+from ochat_serve.loader import Loader, Share
 from ochat_serve.request_log import Log, LogFile, Redaction, RequestLog, Retention
 from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings
-from ochat_serve.tls import Certificate, kept_fresh
+from ochat_serve.tls import Certificate
 from ochat_serve.usage.ledger import UsageLedger
 from ochat_serve.usage_db import open_ledger, used_before
 
 KEEP_ALIVE_TIMEOUT_S = 5
-SHUTDOWN_TIMEOUT_S = 30
 BACKLOG = 2048
 OPEN_FILES = 65_536
 # Files that are no connections: libraries, the log, the engine's sockets.
@@ -76,7 +75,7 @@ def serve(
     """One front end, with an engine of its own or a share in one."""
     serving = Serving(limits=_limits(ledger))
     certificate = open_certificate(command.settings)
-    server = _Server(
+    server = HttpServer(
         uvicorn.Config(
             create_app(
                 command.settings,
@@ -90,13 +89,15 @@ def serve(
             access_log=False,
             log_level="warning",
             timeout_keep_alive=KEEP_ALIVE_TIMEOUT_S,
-            timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
             backlog=BACKLOG,
             server_header=False,
             proxy_headers=False,  # middleware.gateway reads them
             ssl_context_factory=None if certificate is None else lambda *_: certificate.context,
         ),
-        certificate,
+        serving,
+        drain_s=command.settings.drain_s,
+        certificate=certificate,
+        has_parent=share is not None,
     )
     loader = Loader(command, serving, server, share)
     loader.start()
@@ -110,11 +111,9 @@ def serve(
     if loader.failure is not None:
         raise loader.failure
     if serving.chat is None and loader.is_alive():
-        # A half-built engine cannot be asked to stop; its processes end with this one.
-        _end_children()
-        os._exit(0)
+        os._exit(0)  # the loader is a part of a half-built engine and cannot be asked to stop
     # Nothing was loaded and nothing is said: a bug, and the loader has shown its traceback.
-    return 0 if serving.chat is not None else 1
+    return server.exit_code if serving.chat is not None else 1
 
 
 def _limits(ledger: UsageLedger | None) -> Limits:
@@ -153,31 +152,6 @@ def bounds(settings: Settings) -> Bounds:
         write_timeout_s=settings.write_timeout_s,
         max_connections=most,
     )
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's server with a certificate that is kept fresh; a signal that was obeyed is not
-    raised again, so the exit code is 0."""
-
-    def __init__(self, config: uvicorn.Config, certificate: Certificate | None) -> None:
-        super().__init__(config)
-        self._certificate = certificate
-
-    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        async with kept_fresh(self._certificate, say):
-            await super().serve(sockets)
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        before = {
-            number: signal.signal(number, self.handle_exit)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def bind_for_each(host: str, port: int, count: int) -> list[list[socket.socket]]:
@@ -283,16 +257,3 @@ def open_log_file(path: str, settings: Settings) -> LogFile:
         ) from error
     except OSError as error:
         raise StartupError(f"--log-file {path} cannot be written: {error.strerror}.") from error
-
-
-def _end_children() -> None:
-    import psutil
-
-    children = psutil.Process().children(recursive=True)
-    for child in children:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.terminate()
-    _, alive = psutil.wait_procs(children, timeout=5)
-    for child in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()

@@ -20,6 +20,7 @@ class Serving:
 
     phase: str = "starting"
     chat: ChatService | None = None
+    draining: bool = False
     limits: Limits = field(default_factory=lambda: MemoryLimits(time.time, periods))
 
     def require_loaded(self) -> ChatService:
@@ -44,6 +45,13 @@ class Serving:
         failure = self.chat.served.engine.failure
         if failure is not None:
             return Unavailable(failure, code="engine_dead", retry_after_s=ENGINE_RETRY_S)
+        if self.draining:
+            return Unavailable(
+                "The server is shutting down and takes no new requests.",
+                code="draining",
+                retry_after_s=RETRY_S,
+                headers={"connection": "close"},
+            )
         if self.chat.health.stalled:
             return Unavailable(
                 f"The engine has made no step and has not answered for "
@@ -52,6 +60,22 @@ class Serving:
                 retry_after_s=ENGINE_RETRY_S,
             )
         return None
+
+    def give_up(self) -> int:
+        """Fail every chat that still runs, because the server ends.  Their number."""
+        if self.chat is None:
+            return 0
+        running = self.chat.running
+        count = len(running)
+        failure = self.chat.served.engine.failure
+        running.fail(
+            Unavailable(
+                failure or "The server is shutting down before the answer was finished.",
+                code="engine_dead" if failure else "shutting_down",
+                retry_after_s=ENGINE_RETRY_S if failure else RETRY_S,
+            )
+        )
+        return count
 
     async def watch(self) -> None:
         """Watch the engine's progress, until cancelled."""

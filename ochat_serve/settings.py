@@ -191,6 +191,12 @@ class Settings(BaseModel):
         description="Seconds without any sign of life of the engine after which the server is "
         "not ready. Longer than the longest step of the engine.",
     )
+    drain_s: float = Field(
+        30,
+        ge=0,
+        description="Seconds that open requests have to finish after a signal to stop, while new "
+        "ones get a 503. A second signal ends the server at once.",
+    )
 
     # Server
     host: str = Field("localhost", description="Host name or address to bind.")

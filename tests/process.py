@@ -24,13 +24,18 @@ class ServerProcess:
     is for asking a server that speaks HTTPS."""
 
     def __init__(
-        self, *arguments: str, output: Path, trusted: ssl.SSLContext | None = None, **environ: str
+        self,
+        *arguments: str,
+        output: Path,
+        trusted: ssl.SSLContext | None = None,
+        module: str = "ochat_serve.openai_api_server",
+        **environ: str,
     ) -> None:
         self.port = free_port()
         self.url = f"http{'s' if trusted else ''}://127.0.0.1:{self.port}"
         self._trusted = trusted
         self._output = output
-        command = [sys.executable, "-m", "ochat_serve.openai_api_server"]
+        command = [sys.executable, "-m", module]
         command += [*arguments, "--port", str(self.port)]
         with output.open("wb") as stream:
             self.process = subprocess.Popen(

@@ -31,6 +31,7 @@ LAYERS = (
         "token_bytes",
         "request_log",
         "tls",
+        "ending",
         "usage",
     ),
     ("engine", "tokenizer", "demo_model", "model_source", "redis_limits"),
@@ -45,6 +46,7 @@ LAYERS = (
         "loader",
         "http_protocol",
         "http_bounds",
+        "http_server",
         "usage_db",
         "cli",
     ),
@@ -79,7 +81,7 @@ ONLY_IN = {
     "redis": {"redis_limits"},
     "argparse": {"cli", "keys"},
     "psycopg": {"usage"},
-    "uvicorn": {"server", "loader", "http_protocol"},
+    "uvicorn": {"server", "http_protocol", "http_server"},
 }
 MAY_READ_ENVIRONMENT = {L2, L5}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv"}

@@ -60,6 +60,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "write_timeout_s": (["2.5"], 2.5),
     "strict_parameters": ([], True),
     "stall_s": (["2.5"], 2.5),
+    "drain_s": (["0"], 0),
     "host": (["::1"], "::1"),
     "port": (["0"], 0),
     "api_server_count": (["2"], 2),

@@ -29,6 +29,11 @@ from vllm.v1.metrics.stats import SchedulerStats
 from ochat_serve.detokenizing import decode_stream
 from ochat_serve.engine.errors import api_error, startup_errors
 from ochat_serve.engine.generations import CollectedGeneration, TextGeneration
+from ochat_serve.engine.processes import (
+    how_it_ended,
+    started_without_interrupt,
+    when_one_ends,
+)
 from ochat_serve.generation import EngineInfo, Generation, SamplingOptions
 
 # Seeds of one request with n > 1 are consecutive; vLLM takes -1 for "no seed".
@@ -55,6 +60,7 @@ class VllmEngine:
     def __init__(self, llm: AsyncLLM, token_bytes: Callable[[int], bytes]) -> None:
         self._llm = llm
         self._token_bytes = token_bytes
+        self._died = False  # told by the system; vLLM knows by itself where the process is its own
         self._signs = _Signs(llm.output_processor.update_scheduler_stats)
         llm.output_processor.update_scheduler_stats = self._signs
         config = llm.vllm_config.model_config
@@ -80,7 +86,11 @@ class VllmEngine:
         # vLLM on worker threads; here its tokenizer is used on the event loop only.
         hf_renderer.maybe_make_thread_pool = _no_copies
         with startup_errors(args.model):
-            llm = _connected(args, connection) if connection else AsyncLLM.from_engine_args(args)
+            if connection:
+                llm, engine_pids = _connected(args, connection)
+            else:
+                with started_without_interrupt():
+                    llm, engine_pids = AsyncLLM.from_engine_args(args), ()
         # What vLLM's own engine process does when it is ready: variables are read from a cache
         # (one is read for every token), and the collector need not look at what stays anyway.
         enable_envs_cache()
@@ -89,11 +99,22 @@ class VllmEngine:
         decoders.DecodeStream = decode_stream  # type: ignore[misc, assignment]
         # vLLM asks for it at every request, and the tokenizer finds it out anew.
         llm.renderer.get_eos_token_id = partial(_same, llm.renderer.get_eos_token_id())
-        return cls(llm, token_bytes)
+        engine = cls(llm, token_bytes)
+        if engine_pids:
+            when_one_ends(engine_pids, engine._on_death)
+        return engine
 
     @property
     def failure(self) -> str | None:
-        return "The engine process has died." if self._llm.errored else None
+        if not (self._died or self._llm.errored):
+            return None
+        manager = self._llm.engine_core.resources.engine_manager
+        ends = manager.finished_procs().values() if manager is not None else ()
+        how = "".join(f" ({how_it_ended(end)})" for end in ends)
+        return f"The engine process has died{how}."
+
+    def _on_death(self) -> None:
+        self._died = True
 
     @property
     def signs_of_life(self) -> int:
@@ -155,13 +176,16 @@ def _same(value: int | None) -> int | None:
     return value
 
 
-def _connected(args: AsyncEngineArgs, connection: Mapping[str, Any]) -> AsyncLLM:
-    """One of several clients of an engine that another process has launched."""
+def _connected(
+    args: AsyncEngineArgs, connection: Mapping[str, Any]
+) -> tuple[AsyncLLM, Sequence[int]]:
+    """One of several clients of an engine that another process has launched, and its pids."""
     where = dict(connection)
     where.pop("api_server_loads", None)
+    engine_pids = where.pop("engine_pids")
     count, index = where.pop("client_count"), where.pop("client_index")
     args._api_process_count, args._api_process_rank = count, index
-    return AsyncLLM.from_vllm_config(
+    llm = AsyncLLM.from_vllm_config(
         args.create_engine_config(UsageContext.OPENAI_API_SERVER),
         usage_context=UsageContext.OPENAI_API_SERVER,
         enable_log_requests=args.enable_log_requests,
@@ -170,6 +194,7 @@ def _connected(args: AsyncEngineArgs, connection: Mapping[str, Any]) -> AsyncLLM
         client_count=count,
         client_index=index,
     )
+    return llm, engine_pids
 
 
 def _sampling_params(options: SamplingOptions, n: int) -> SamplingParams:

@@ -3,8 +3,9 @@
 import contextlib
 import json
 import re
+import signal
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -24,7 +25,12 @@ KEYS = ("sk-one", "sk-two")
 
 @contextlib.contextmanager
 def two_front_ends(
-    model: Path, tmp_path: Path, *flags: str, trusted: ssl.SSLContext | None = None
+    model: Path,
+    tmp_path: Path,
+    *flags: str,
+    trusted: ssl.SSLContext | None = None,
+    keys: Sequence[str] = KEYS,
+    **environ: str,
 ) -> Iterator[ServerProcess]:
     with server_process(
         "--model", str(model), *flags,
@@ -33,10 +39,9 @@ def two_front_ends(
         "--log-file", str(tmp_path / "requests.log"),
         output=tmp_path / "output.txt", trusted=trusted,
         PYTHONPATH=str(ROOT / "scripts" / "benchmark" / "sim"),
-        SIM_STEP_MS="5",
-        OCHAT_API_KEYS=",".join(KEYS),
+        **{"SIM_STEP_MS": "5", "OCHAT_API_KEYS": ",".join(keys), **environ},
     ) as server:  # fmt: skip
-        server.wait_until_ready(KEYS[0])
+        server.wait_until_ready(*keys[:1])
         assert eventually(lambda: server.output.count("ready in") == 2, within_s=60)
         yield server
 
@@ -45,6 +50,23 @@ def two_front_ends(
 def two(llama3_folder: Path, tmp_path: Path) -> Iterator[ServerProcess]:
     with two_front_ends(llama3_folder, tmp_path) as server:
         yield server
+
+
+@pytest.fixture
+def open_two(llama3_folder: Path, tmp_path: Path) -> Iterator[ServerProcess]:
+    """Without keys."""
+    with two_front_ends(llama3_folder, tmp_path, keys=()) as server:
+        yield server
+
+
+def begun_streams(server: ServerProcess, count: int) -> list[RawClient]:
+    """As many as land on both front ends, which the kernel decides."""
+    clients = [RawClient(server.port) for _ in range(count)]
+    for client in clients:
+        client.post(CHAT, json.dumps({**ASK, "max_tokens": 8_000, "stream": True}).encode())
+    for client in clients:
+        client.read_until(b'"content":"The"')
+    return clients
 
 
 def front_ends(server: ServerProcess) -> list[psutil.Process]:
@@ -131,3 +153,40 @@ def test_each_front_end_takes_a_new_certificate(llama3_folder: Path, tmp_path: P
         shown = {authority.shown_by(server.port) for _ in range(CONNECTIONS)}
         assert shown == {new.der}
         assert server.stop() == 0
+
+
+def test_a_second_signal_ends_all_of_them_now(open_two: ServerProcess) -> None:
+    two = open_two
+    children = two.children()
+    streams = begun_streams(two, 12)
+    two.process.terminate()
+    assert eventually(lambda: httpx.get(two.url + "/readyz").json()["status"] == "draining")
+    two.process.terminate()
+    for stream in streams:
+        assert b'"code":"shutting_down"' in stream.read_until(b"data: [DONE]")
+        stream.hang_up()
+    assert two.process.wait(20) == 128 + signal.SIGTERM
+    assert eventually(lambda: not any(map(alive, children)), within_s=10)
+
+
+def test_when_the_engine_dies_streams_end_with_an_error_and_so_does_the_server(
+    llama3_folder: Path, tmp_path: Path
+) -> None:
+    """It dies by itself, of a bug: no front end is its parent, and none is told."""
+    with two_front_ends(
+        llama3_folder, tmp_path, keys=(), SIM_STEP_MS="20", SIM_CRASH_AFTER="250"
+    ) as two:
+        children = two.children()
+        streams = begun_streams(two, 12)
+        body = RawClient(two.port)
+        body.post(CHAT, json.dumps({**ASK, "max_tokens": 8_000}).encode())
+        for stream in streams:
+            assert b'"code":"engine_dead"' in stream.read_until(b"data: [DONE]")
+            stream.hang_up()
+        assert body.read_until(b"}}").startswith(b"HTTP/1.1 503 ")
+        body.hang_up()
+        assert two.process.wait(10) == 1
+        assert re.search(r"ochat_serve: Engine core process EngineCore\S* died .*", two.output)
+        assert eventually(lambda: not any(map(alive, children)), within_s=10)
+    text = (tmp_path / "requests.log").read_text()
+    assert [json.loads(line)["error"] for line in text.splitlines()] == ["engine_dead"] * 13

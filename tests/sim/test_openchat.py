@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.live import eventually
+from tests.live import RawClient, eventually
 from tests.model_folders import llama3
 from tests.process import ROOT, ServerProcess, alive, server_process
 
@@ -135,20 +135,24 @@ def test_hostile_text_costs_only_plain_tokens(openchat: ServerProcess) -> None:
     assert prompt_tokens(hostile) - prompt_tokens("") > 12
 
 
-def test_when_the_engine_dies_streams_end_with_an_error_and_so_does_the_server(
+def test_when_the_engine_dies_requests_end_with_an_error_and_so_does_the_server(
     openchat: ServerProcess,
 ) -> None:
     """The last test here: nothing is left to serve.  A supervisor starts the server anew."""
-    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4_000, "stream": True}
+    ask = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4_000}
     children = openchat.children()
-    with httpx.stream("POST", openchat.url + CHAT, json=body, timeout=60) as answer:
-        parts = answer.iter_text()
-        next(parts)
+    with RawClient(openchat.port) as body, RawClient(openchat.port) as stream:
+        body.post(CHAT, json.dumps(ask).encode())
+        stream.post(CHAT, json.dumps({**ask, "stream": True}).encode())
+        stream.read_until(b'"content":"The"')
         (engine,) = [child for child in children if "EngineCore" in child.name()]
         engine.kill()
-        rest = "".join(parts)
-    assert '"code":"engine_dead"' in rest
-    assert rest.endswith("data: [DONE]\n\n")
+        assert b'"code":"engine_dead"' in stream.read_until(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        refused = body.read_until(b"}}")
+    assert refused.startswith(b"HTTP/1.1 503 ")
+    assert b'"code":"engine_dead"' in refused
     assert openchat.process.wait(10) == 1
-    assert openchat.output.strip().splitlines()[-1].startswith("ochat_serve: The engine process")
+    last = openchat.output.strip().splitlines()[-1]
+    cause = "The engine process has died (killed by SIGKILL). The server ends with it."
+    assert last == f"ochat_serve: {cause}"
     assert eventually(lambda: not any(map(alive, children)), within_s=10)

@@ -1,0 +1,77 @@
+"""A process ends with everything below it, and quickly."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from ochat_serve.ending import Children
+from tests.live import eventually
+from tests.process import alive
+
+DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+PARENT = f"""
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", {DEAF!r}])
+subprocess.Popen(["sleep", "600"])
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def root() -> Iterator[psutil.Process]:
+    """Root -> parent -> one that obeys SIGTERM and one that does not."""
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {PARENT!r}])"
+    started = subprocess.Popen([sys.executable, "-c", program])
+    process = psutil.Process(started.pid)
+    assert eventually(lambda: len(process.children(recursive=True)) == 3)
+    below = process.children(recursive=True)
+    yield process
+    for each in (*below, process):
+        if alive(each):
+            each.kill()
+    started.wait()
+
+
+@pytest.mark.parametrize("grace_s", [0, 0.5])
+def test_all_below_end_and_the_root_does_not(root: psutil.Process, grace_s: float) -> None:
+    below = root.children(recursive=True)
+    root.suspend()  # or it would end with its child
+    Children(root.pid).end(grace_s)
+    assert eventually(lambda: not any(map(alive, below)))
+    assert alive(root)
+
+
+def test_who_has_lost_its_parent_is_remembered(root: psutil.Process) -> None:
+    children = Children(root.pid)
+    children.look()
+    parent, *orphans = root.children(recursive=True)
+    parent.kill()
+    assert eventually(lambda: not alive(parent))
+    assert all(map(alive, orphans))
+    children.end(grace_s=0)
+    assert eventually(lambda: not any(map(alive, orphans)))
+
+
+def test_leaving_runs_exit_handlers_and_flushes_but_waits_for_no_thread() -> None:
+    program = """
+import atexit, threading, time
+from ochat_serve.ending import leave
+atexit.register(lambda: print("bye"))
+threading.Thread(target=time.sleep, args=(600,)).start()
+print("hello")
+leave(7)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+    )
+    assert done.returncode == 7
+    assert done.stdout.split() == ["hello", "bye"]
