@@ -111,7 +111,7 @@ def test_who_is_not_done_in_time_gets_an_error(tmp_path: Path) -> None:
         assert b'"code":"shutting_down"' in refused
         assert server.process.wait(20) == 0
     assert "2 chats were given up" in server.output
-    gone = [(200, "shutdown", "shutting_down"), (503, "failed", "shutting_down")]
+    gone = [(200, "shutdown", "shutting_down"), (503, "shutdown", "shutting_down")]
     assert sorted(log(tmp_path)) == gone
 
 
