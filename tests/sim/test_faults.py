@@ -140,8 +140,8 @@ def test_ctrl_c_drains(server: ServerProcess, folder: Path) -> None:
         (line["status"], line["outcome"], line.get("error", "")) for line in lines[before:]
     )
     assert ends == [
-        (200, "shutdown", "shutting_down"),
         *[(200, "finished", "")] * STREAMS,
+        (200, "shutdown", "shutting_down"),
         (503, "rejected", "draining"),
         (503, "shutdown", "shutting_down"),
     ]
