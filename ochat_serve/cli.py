@@ -33,8 +33,11 @@ _EPILOG = """Every vLLM engine flag works too and is passed through unchanged
 (--tensor-parallel-size N, --max-model-len N, --dtype ...): --help=all lists them."""
 _OLD_SWITCHES = ("disable_log_requests", "engine_use_ray", "worker_use_ray")
 KEY_FILE_VARIABLE = "OCHAT_KEY_FILE"
+# Addresses, which may hold a password.
+_ADDRESSES = {"usage_db": "OCHAT_USAGE_DB", "redis_url": "OCHAT_REDIS_URL"}
+SECRET_VARIABLES = (*SECRETS.values(), *_ADDRESSES.values())
 # What must not be shown, whatever is wrong with it.
-_HIDDEN = (*SECRETS, "usage_db")
+_HIDDEN = (*SECRETS, *_ADDRESSES)
 # What a flag means that is given without its value.
 _BARE = {"log_content": "full"}
 # A pattern that got lost would be a secret in the log.
@@ -103,6 +106,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
         return Command(Settings(), help_all=True)
     known, engine_flags = flags.parse_known_args(arguments)
     typed = [key for name in SECRETS for key in getattr(known, name) or ()]
+    addresses = [value for name in _ADDRESSES if "@" in (value := getattr(known, name) or "")]
     if known.config is not None:
         known, engine_flags = flags.parse_known_args([*config_flags(known.config), *arguments])
     given = {name: value for name, value in vars(known).items() if value is not None}
@@ -121,7 +125,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
         engine_flags=tuple(engine_flags),
         revision=known.revision,
         notices=tuple(notices),
-        title=_without(typed, argv) if typed else None,
+        title=_without([*typed, *addresses], argv) if typed or addresses else None,
     )
 
 
@@ -211,7 +215,8 @@ def _from(environ: Mapping[str, str]) -> dict[str, Any]:
         name: re.findall(r"[^\s,]+", environ.get(variable, ""))
         for name, variable in SECRETS.items()
     }
-    found["key_file"] = environ.get(KEY_FILE_VARIABLE)
+    for name, variable in {"key_file": KEY_FILE_VARIABLE, **_ADDRESSES}.items():
+        found[name] = environ.get(variable)
     return {name: value for name, value in found.items() if value}
 
 

@@ -73,10 +73,14 @@ class Content(_Part):
 
 
 class KeyFile:
-    """One key file.  Methods block for as long as a small file takes."""
+    """One key file.  Methods block for as long as a small file takes.
 
-    def __init__(self, path: str) -> None:
+    ``check`` raises ``KeyFileError`` for a valid content that this server cannot honour.
+    """
+
+    def __init__(self, path: str, check: Callable[[Content], None] = lambda content: None) -> None:
         self.path = Path(path)
+        self._check = check
         self._seen: tuple[int, ...] | None = None
 
     def read(self) -> Content:
@@ -85,7 +89,7 @@ class KeyFile:
         try:
             with self.path.open("rb") as file:
                 text = file.read(_MAX_BYTES)
-            return Content.model_validate_json(text)
+            content = Content.model_validate_json(text)
         except OSError as error:
             raise KeyFileError(
                 f"The key file {self.path} cannot be read: {error.strerror}."
@@ -96,6 +100,8 @@ class KeyFile:
             raise KeyFileError(
                 f"The key file {self.path} is not valid: {where}{': ' * bool(where)}{first['msg']}."
             ) from error
+        self._check(content)
+        return content
 
     @property
     def changed(self) -> bool:

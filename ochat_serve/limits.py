@@ -85,6 +85,11 @@ class _Use:
     periods: dict[str, int] = field(default_factory=dict)
 
 
+def no_use_before(key: str, period: str) -> int:
+    """Where nothing is known of what came before."""
+    return 0
+
+
 class MemoryLimits:
     """``Limits`` of one process.  ``now`` gives Unix seconds; ``used_before`` the tokens that a key
     has used in a day or month before this process began (it may block, and raise ``ApiError``)."""
@@ -93,7 +98,7 @@ class MemoryLimits:
         self,
         now: Callable[[], float],
         periods: Periods,
-        used_before: Callable[[str, str], int] = lambda key, period: 0,
+        used_before: Callable[[str, str], int] = no_use_before,
     ) -> None:
         self._now = now
         self._periods = periods

@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         command = cli.parse(sys.argv[1:] if argv is None else argv)
-        for variable in cli.SECRETS.values():
+        for variable in cli.SECRET_VARIABLES:
             os.environ.pop(variable, None)  # not for the engine's processes
         if command.settings.api_server_count > 1:
             from ochat_serve import front_ends

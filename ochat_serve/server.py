@@ -9,7 +9,7 @@ import os
 import resource
 import socket
 import time
-from collections.abc import MutableSequence
+from collections.abc import Callable, MutableSequence
 
 import setproctitle
 import uvicorn
@@ -22,8 +22,8 @@ from ochat_serve.errors import StartupError
 from ochat_serve.http_bounds import HEADER_TIMEOUT_S, Bounds
 from ochat_serve.http_protocol import HttpProtocol
 from ochat_serve.http_server import HttpServer
-from ochat_serve.key_file import KeyFile, KeyFileError
-from ochat_serve.limits import Limits, MemoryLimits
+from ochat_serve.key_file import Content, KeyFile, KeyFileError
+from ochat_serve.limits import Limits, MemoryLimits, no_use_before
 from ochat_serve.loader import Loader, Share
 from ochat_serve.request_log import Log, LogFile, Redaction, RequestLog, Retention
 from ochat_serve.serving import Serving
@@ -37,6 +37,8 @@ BACKLOG = 2048
 OPEN_FILES = 65_536
 # Files that are no connections: libraries, the log, the engine's sockets.
 OTHER_FILES = 256
+# Beyond its own time a request may be busy with a slow client's last bytes.
+LEASE_GRACE_S = 120
 
 
 def _print_engine_help() -> int:
@@ -73,7 +75,7 @@ def serve(
     share: Share | None = None,
 ) -> int:
     """One front end, with an engine of its own or a share in one."""
-    serving = Serving(limits=_limits(ledger))
+    serving = Serving(limits=open_limits(command.settings, ledger))
     certificate = open_certificate(command.settings)
     server = HttpServer(
         uvicorn.Config(
@@ -116,10 +118,19 @@ def serve(
     return server.exit_code if serving.chat is not None else 1
 
 
-def _limits(ledger: UsageLedger | None) -> Limits:
-    if ledger is None:
-        return MemoryLimits(time.time, periods)
-    return MemoryLimits(time.time, periods, used_before(ledger))
+def open_limits(settings: Settings, ledger: UsageLedger | None) -> Limits:
+    """Where the limits of keys are kept: in Redis, or in this process."""
+    used = no_use_before if ledger is None else used_before(ledger)
+    if settings.redis_url is None:
+        return MemoryLimits(time.time, periods, used)
+    from ochat_serve.redis_limits import RedisLimits
+
+    return RedisLimits(
+        settings.redis_url.get_secret_value(),
+        periods,
+        lease_s=settings.request_timeout_s + LEASE_GRACE_S,
+        used_before=used,
+    )
 
 
 def prepare(command: cli.Command) -> None:
@@ -129,6 +140,7 @@ def prepare(command: cli.Command) -> None:
     for notice in command.notices:
         say(notice)
     open_certificate(command.settings)
+    check_redis(command.settings)
     _allow_many_connections()
 
 
@@ -208,12 +220,37 @@ def open_key_file(settings: Settings) -> KeyFile | None:
     """The key file, after one reading.  Raises ``StartupError``."""
     if settings.key_file is None:
         return None
-    file = KeyFile(settings.key_file)
+    file = KeyFile(settings.key_file, _limits_can_be_kept(settings))
     try:
         file.read()
     except KeyFileError as error:
         raise StartupError(str(error)) from error
     return file
+
+
+def _limits_can_be_kept(settings: Settings) -> Callable[[Content], None]:
+    def check(content: Content) -> None:
+        if settings.api_server_count == 1 or settings.redis_url is not None:
+            return
+        for name, entry in content.keys.items():
+            if entry.caller(name).is_limited:
+                raise KeyFileError(
+                    f"The key {name} has limits, which {settings.api_server_count} front ends can "
+                    "keep together in Redis only: give --redis-url, or --api-server-count 1."
+                )
+
+    return check
+
+
+def check_redis(settings: Settings) -> None:
+    """Raises ``StartupError``."""
+    if settings.redis_url is None:
+        return
+    try:
+        from ochat_serve.redis_limits import check
+    except ImportError as error:
+        raise StartupError("--redis-url needs the package redis: pip install redis.") from error
+    check(settings.redis_url.get_secret_value())
 
 
 def open_certificate(settings: Settings) -> Certificate | None:

@@ -22,6 +22,7 @@ from pydantic import (
 AUTO: Literal["auto"] = "auto"
 NONE: Literal["none"] = "none"
 POSTGRES_SCHEMES = ("postgresql://", "postgres://")
+REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 MAX_STREAM_PERIOD = 1000
 
 
@@ -74,19 +75,34 @@ def _sub_path(value: str) -> str:
     raise ValueError("must be a path such as /llm")
 
 
+def _check_credentials(address: str) -> None:
+    """Elsewhere an @ or a / of a password's makes a client take the rest of it for a host or a
+    port, and those stand in errors."""
+    if re.fullmatch(r"\w+://([^@/?]*@)?[^@]+", address) is None:
+        raise ValueError("write @ as %40, / as %2F and ? as %3F in a name or a password")
+
+
 def _usage_place(value: SecretStr) -> SecretStr:
     text = value.get_secret_value()
     if text.startswith(POSTGRES_SCHEMES):
-        # Elsewhere an @ or a / of the password's would make libpq take the rest of it for a
-        # host or a port, and those stand in its errors.
-        if re.fullmatch(r"\w+://([^@/?]*@)?[^@]+", text) is None:
-            raise ValueError("write @ as %40, / as %2F and ? as %3F in a name or a password")
+        _check_credentials(text)
     elif not text or "://" in text or "\0" in text:
         raise ValueError("must be a file, a postgresql:// address or 'none'")
     return value
 
 
 UsagePlace = Annotated[SecretStr, AfterValidator(_usage_place)]
+
+
+def _redis_url(value: SecretStr) -> SecretStr:
+    text = value.get_secret_value()
+    if not text.startswith(REDIS_SCHEMES):
+        raise ValueError(f"must begin with one of {', '.join(REDIS_SCHEMES)}")
+    _check_credentials(text)
+    return value
+
+
+RedisUrl = Annotated[SecretStr, AfterValidator(_redis_url)]
 
 
 class Settings(BaseModel):
@@ -247,6 +263,12 @@ class Settings(BaseModel):
         min_length=1,
         description="File of named keys with roles and limits, made by python -m ochat_serve.keys. "
         "It is followed: changes are in force within two seconds.",
+    )
+    redis_url: RedisUrl | None = Field(
+        None,
+        description="Redis in which the limits of keys are kept, for several front ends or "
+        "machines together: redis://, rediss:// (TLS) or unix://. Better given in the environment "
+        "variable OCHAT_REDIS_URL, if it holds a password. Default: in this process.",
     )
     insecure_no_auth: bool = Field(
         False, description="Allow binding a public address without any API key."

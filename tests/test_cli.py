@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from ochat_serve.cli import SECRETS, Command, parse, parser
+from ochat_serve.cli import SECRET_VARIABLES, SECRETS, Command, parse, parser
 from ochat_serve.errors import StartupError
 from ochat_serve.settings import Settings
 
@@ -72,6 +72,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "api_keys": (["a", "b"], ("a", "b")),
     "admin_keys": (["a"], ("a",)),
     "key_file": (["keys.json"], "keys.json"),
+    "redis_url": (["redis://h/1"], SecretStr("redis://h/1")),
     "insecure_no_auth": ([], True),
     "allowed_hosts": (["a.example"], ("a.example",)),
     "allow_credentials": ([], True),
@@ -257,6 +258,37 @@ def test_keys_on_the_command_line_are_hidden_from_it():
     for quiet in (command("--port 1"), command("", {"OCHAT_API_KEYS": "sk-1"})):
         assert quiet.title is None
         assert quiet.notices == ()
+
+
+def test_addresses_come_from_the_environment_too():
+    """They may hold a password."""
+    environ = {"OCHAT_REDIS_URL": "redis://:pw@h", "OCHAT_USAGE_DB": "postgresql://me:pw@h/d"}
+    told = command("", environ).settings
+    assert told.redis_url == SecretStr("redis://:pw@h")
+    assert told.usage_db == SecretStr("postgresql://me:pw@h/d")
+    assert command("--redis-url unix:///r", environ).settings.redis_url == SecretStr("unix:///r")
+    assert set(environ) < set(SECRET_VARIABLES)
+
+
+def test_passwords_in_addresses_are_hidden_from_the_command_line():
+    told = command("--redis-url redis://:pw@h --usage-db=postgresql://me:pw@h/d --port 1")
+    assert told.title is not None
+    assert told.title.endswith("--redis-url *** --usage-db=*** --port 1")
+    assert command("--redis-url redis://h --port 1").title is None
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("h:6379", "must begin with one of redis://, rediss://, unix://"),
+        ("http://:sekret@h", "must begin with one of redis://, rediss://, unix://"),
+        ("redis://:sekret@x@h", "write @ as %40, / as %2F and ? as %3F"),
+    ],
+)
+def test_what_is_no_address_of_redis(value: str, said: str):
+    told = refusal(["--redis-url", value])
+    assert told.startswith(f"--redis-url: {said}")
+    assert "sekret" not in told
 
 
 def test_keys_in_the_environment_open_a_public_address():

@@ -12,6 +12,7 @@ import httpx
 import psutil
 import pytest
 
+from ochat_serve import keys
 from ochat_serve.server import open_log
 from ochat_serve.settings import Settings
 from tests.certificates import Authority, Pair
@@ -74,6 +75,10 @@ def the_sentence(done: subprocess.CompletedProcess[str]) -> str:
             ["--usage-db", "/no/such/folder/x", "--api-server-count", "2"],
             "--usage-db /no/such/folder/x cannot be used: No such",
         ),
+        (
+            ["--redis-url", "redis://:pw@127.0.0.1:1"],
+            "--redis-url redis://127.0.0.1:1 cannot be used: Error 111 connecting",
+        ),
         (["--log-redact", "("], "--log-redact '(': is not a regular expression"),
         (["--config", "/no/such.yaml"], "--config /no/such.yaml cannot be read"),
         (["--key-file", "/no/such.json"], "The key file /no/such.json cannot be read: No such"),
@@ -89,6 +94,16 @@ def test_a_port_in_use() -> None:
         port = taken.getsockname()[1]
         said = the_sentence(start("--model", "demo", "--port", str(port)))
     assert said.startswith(f"Port {port} of localhost is in use.")
+
+
+def test_limits_that_front_ends_could_not_keep_together(tmp_path: Path) -> None:
+    path = str(tmp_path / "keys.json")
+    assert keys.main(["--key-file", path, "add", "alice", "--parallel-requests", "2"]) == 0
+    flags = ["--key-file", path, "--port", str(free_port()), "--api-server-count", "2"]
+    assert the_sentence(start(*flags)) == (
+        "The key alice has limits, which 2 front ends can keep together in Redis only: give "
+        "--redis-url, or --api-server-count 1."
+    )
 
 
 @pytest.mark.parametrize("front_ends", ["1", "2"])

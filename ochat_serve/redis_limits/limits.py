@@ -16,6 +16,7 @@ from ochat_serve.limits import (
     Periods,
     Reservation,
     headers,
+    no_use_before,
     parallel_limited,
     quota_exceeded,
     quotas,
@@ -45,7 +46,7 @@ class RedisLimits:
         *,
         lease_s: float,
         clock: Callable[[], float] | None = None,
-        used_before: Callable[[str, str], int] = lambda key, period: 0,
+        used_before: Callable[[str, str], int] = no_use_before,
     ) -> None:
         self._link = Link(url)
         self._periods = periods
@@ -108,23 +109,27 @@ class RedisLimits:
 
     async def _reserve(self, reservation: Reservation, now: float) -> Sequence[Any]:
         reply: Sequence[Any] = await self._link.run(
-            RESERVE, _keys(reservation), self._terms(reservation, now, asks=False)
+            RESERVE, _keys(reservation), await self._terms(reservation, now, asks=False)
         )
         if reply[0] == "unknown":
             reply = await self._link.run(
-                RESERVE, _keys(reservation), self._terms(reservation, now, asks=True)
+                RESERVE, _keys(reservation), await self._terms(reservation, now, asks=True)
             )
         return reply
 
-    def _terms(self, reservation: Reservation, now: float, *, asks: bool) -> Sequence[Argument]:
+    async def _terms(
+        self, reservation: Reservation, now: float, *, asks: bool
+    ) -> Sequence[Argument]:
         caller, limits = reservation.caller, reservation.caller.limits
         terms: list[Argument] = [
             *(self._now, reservation.id, reservation.tokens, self._lease_s),
             *(_or_none(limits.parallel_requests), _or_none(limits.tokens_per_minute)),
         ]
         for period, quota in _counted(reservation):
-            assert caller.name is not None
-            used = self._used_before(caller.name, period.name) if asks else ""
+            used: Argument = ""
+            if asks:
+                assert caller.name is not None
+                used = await asyncio.to_thread(self._used_before, caller.name, period.name)
             terms += [quota, math.ceil(period.ends - now) + _KEPT_S, used]
         return terms
 

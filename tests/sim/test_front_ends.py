@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import math
 import re
 import signal
 import ssl
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,12 +14,14 @@ import httpx
 import psutil
 import pytest
 
+from ochat_serve import keys
 from tests.certificates import Authority
 from tests.live import RawClient, eventually
 from tests.process import ROOT, ServerProcess, alive, server_process
 
 CHAT = "/v1/chat/completions"
 CONNECTIONS = 40
+LIMIT = 10
 ASK = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
 LONG = [{"role": "user", "content": "a long question " * 100}]
 KEYS = ("sk-one", "sk-two")
@@ -29,7 +33,7 @@ def two_front_ends(
     tmp_path: Path,
     *flags: str,
     trusted: ssl.SSLContext | None = None,
-    keys: Sequence[str] = KEYS,
+    secrets: Sequence[str] = KEYS,
     **environ: str,
 ) -> Iterator[ServerProcess]:
     with server_process(
@@ -39,9 +43,9 @@ def two_front_ends(
         "--log-file", str(tmp_path / "requests.log"),
         output=tmp_path / "output.txt", trusted=trusted,
         PYTHONPATH=str(ROOT / "scripts" / "benchmark" / "sim"),
-        **{"SIM_STEP_MS": "5", "OCHAT_API_KEYS": ",".join(keys), **environ},
+        **{"SIM_STEP_MS": "5", "OCHAT_API_KEYS": ",".join(secrets), **environ},
     ) as server:  # fmt: skip
-        server.wait_until_ready(*keys[:1])
+        server.wait_until_ready(*secrets[:1])
         assert eventually(lambda: server.output.count("ready in") == 2, within_s=60)
         yield server
 
@@ -53,9 +57,23 @@ def two(llama3_folder: Path, tmp_path: Path) -> Iterator[ServerProcess]:
 
 
 @pytest.fixture
+def limited_two(
+    llama3_folder: Path, tmp_path: Path, redis_url: str, capsys: pytest.CaptureFixture[str]
+) -> Iterator[tuple[ServerProcess, str]]:
+    """With the key of somebody who may ask ``LIMIT`` times, and is no one of ``KEYS``."""
+    file = str(tmp_path / "keys.json")
+    words = ["add", "alice", "--requests-per-minute", str(LIMIT)]
+    assert keys.main(["--key-file", file, *words]) == 0
+    key = capsys.readouterr().out.strip()
+    flags = ["--key-file", file]
+    with two_front_ends(llama3_folder, tmp_path, *flags, OCHAT_REDIS_URL=redis_url) as server:
+        yield server, key
+
+
+@pytest.fixture
 def open_two(llama3_folder: Path, tmp_path: Path) -> Iterator[ServerProcess]:
     """Without keys."""
-    with two_front_ends(llama3_folder, tmp_path, keys=()) as server:
+    with two_front_ends(llama3_folder, tmp_path, secrets=()) as server:
         yield server
 
 
@@ -133,6 +151,22 @@ def test_two_front_ends_are_one_server(two: ServerProcess, tmp_path: Path) -> No
     assert lines[-1]["completion_tokens"] == 300
 
 
+def test_a_limit_is_that_of_all_front_ends_together(
+    limited_two: tuple[ServerProcess, str],
+) -> None:
+    two, key = limited_two
+    clients = [RawClient(two.port) for _ in range(CONNECTIONS)]
+    began = time.monotonic()
+    for client in clients:
+        ask(client, key)
+    answers = [client.read_until(b"\r\n\r\n").split(b" ", 2)[1] for client in clients]
+    renewed = math.ceil((time.monotonic() - began) * LIMIT / 60)
+    for client in clients:
+        client.hang_up()
+    assert LIMIT <= answers.count(b"200") <= LIMIT + renewed
+    assert set(answers) == {b"200", b"429"}
+
+
 def test_a_front_end_that_dies_ends_the_server(two: ServerProcess) -> None:
     """Half a server would answer half of the connections."""
     children = two.children()
@@ -174,7 +208,7 @@ def test_when_the_engine_dies_streams_end_with_an_error_and_so_does_the_server(
 ) -> None:
     """It dies by itself, of a bug: no front end is its parent, and none is told."""
     with two_front_ends(
-        llama3_folder, tmp_path, keys=(), SIM_STEP_MS="20", SIM_CRASH_AFTER="250"
+        llama3_folder, tmp_path, secrets=(), SIM_STEP_MS="20", SIM_CRASH_AFTER="250"
     ) as two:
         children = two.children()
         streams = begun_streams(two, 12)
