@@ -2,6 +2,7 @@
 
 import json
 
+from ochat_serve.caller import Caller
 from ochat_serve.protocol.chat import ChatCompletionRequest
 from ochat_serve.request_log import RequestRecord
 from tests.real_model.conftest import Demo
@@ -14,9 +15,9 @@ def cached_tokens(demo: Demo, key: str | None) -> int:
     """Of the long prompt, asked by the holder of a key."""
 
     async def ask() -> bytes:
-        record = RequestRecord(0, "r", "POST", "/v1/chat/completions", key=key)
+        record = RequestRecord(0, "r", "POST", "/v1/chat/completions")
         request = ChatCompletionRequest.model_validate_json(BODY)
-        chat = await demo.serving.require_chat().prepare(request, record)
+        chat = await demo.serving.require_chat().prepare(request, record, Caller(key))
         return await chat.body()
 
     usage = json.loads(demo.server.call(ask()))["usage"]
