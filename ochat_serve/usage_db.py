@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ochat_serve.errors import StartupError, Unavailable
-from ochat_serve.settings import NONE, POSTGRES_SCHEMES, Settings
+from ochat_serve.setting_values import NONE, POSTGRES_SCHEMES
+from ochat_serve.settings import Settings
 from ochat_serve.usage.database import DatabaseError, postgres_database, sqlite_database
 from ochat_serve.usage.ledger import UsageLedger
 

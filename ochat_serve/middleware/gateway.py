@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ochat_serve.settings import Network
+from ochat_serve.setting_values import Network
 
 _WITH_PORT = re.compile(r"\[(?P<v6>[^]]*)](:\d*)?|(?P<v4>[\d.]+):\d*")
 _SCHEMES = ("http", "https")

@@ -7,7 +7,7 @@ Adds a request of ``a`` and one of ``b``, COUNT times, and says each time which 
 import sys
 import time
 
-from ochat_serve.settings import POSTGRES_SCHEMES
+from ochat_serve.setting_values import POSTGRES_SCHEMES
 from ochat_serve.usage.database import postgres_database, sqlite_database
 from ochat_serve.usage.ledger import UsageLedger
 from tests.usage.accounts import request
