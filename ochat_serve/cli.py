@@ -59,8 +59,9 @@ class Command:
 
 
 def say(text: str) -> None:
-    """One line to the person at the terminal."""
-    print(f"ochat_serve: {text}", file=sys.stderr, flush=True)
+    """One line to the person at the terminal, whole: other processes write there, too."""
+    sys.stderr.write(f"ochat_serve: {text}\n")
+    sys.stderr.flush()
 
 
 class _Parser(argparse.ArgumentParser):

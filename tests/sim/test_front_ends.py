@@ -25,6 +25,7 @@ LIMIT = 10
 ASK = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
 LONG = [{"role": "user", "content": "a long question " * 100}]
 KEYS = ("sk-one", "sk-two")
+ADMIN = "sk-admin"
 
 
 @contextlib.contextmanager
@@ -43,6 +44,7 @@ def two_front_ends(
         "--log-file", str(tmp_path / "requests.log"),
         output=tmp_path / "output.txt", trusted=trusted,
         PYTHONPATH=str(ROOT / "scripts" / "benchmark" / "sim"),
+        OCHAT_ADMIN_KEYS=ADMIN if secrets else "",
         **{"SIM_STEP_MS": "5", "OCHAT_API_KEYS": ",".join(secrets), **environ},
     ) as server:  # fmt: skip
         server.wait_until_ready(*secrets[:1])
@@ -93,7 +95,7 @@ def front_ends(server: ServerProcess) -> list[psutil.Process]:
 
 def finished(server: ServerProcess) -> float:
     """Requests that vLLM has counted, over all front ends."""
-    headers = {"authorization": f"Bearer {KEYS[0]}"}
+    headers = {"authorization": f"Bearer {ADMIN}"}
     text = httpx.get(server.url + "/metrics", headers=headers).text
     counts = re.findall(r'vllm:request_success_total\{.*"length".*\} (\S+)', text)
     assert len(counts) == 1, "every series stands there once"
