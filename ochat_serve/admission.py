@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 
 from ochat_serve.errors import Unavailable
 
-# One place in this many is for keys that have nothing running.
+# One place in this many is for keys that have nothing running, and at least one where there are
+# so many that one is no great loss.
 _RESERVED_SHARE = 16
+_RESERVES_FROM = 4
 # Steps' worth of prompt tokens that may be in prefill: one that runs, one that is next.
 _PREFILL_STEPS = 2
 # What an answer is taken to cost until its end shows what it did.
@@ -78,7 +80,7 @@ class Admission:
         self._max_queue = max_queue
         self._max_queue_tokens = max_queue_tokens
         self._max_prefill = _PREFILL_STEPS * step_tokens
-        self._reserved = max(1, slots // _RESERVED_SHARE) if slots > 1 else 0
+        self._reserved = max(1, slots // _RESERVED_SHARE) if slots >= _RESERVES_FROM else 0
         self._lines: OrderedDict[Key, _Line] = OrderedDict()
         self._queue: set[_Line] = set()  # those that have somebody waiting
         self._level = 0  # the counter of whoever went in last: where newcomers start
@@ -95,11 +97,10 @@ class Admission:
         if not self.waiting and self._fits(ticket, line):
             self._admit(ticket, line)
             return ticket
-        self._make_room(ticket, line)
-        line.waiting.append(ticket)
-        self._queue.add(line)
-        self._count_waiting(ticket, line, 1)
+        self._put_in(ticket, line)
         self._admit_next()
+        if not ticket.admitted:
+            self._make_room(ticket, line)
         return ticket
 
     def prefilled(self, ticket: Ticket) -> None:
@@ -189,24 +190,30 @@ class Admission:
         return None
 
     def _make_room(self, ticket: Ticket, line: _Line) -> None:
-        """In the queue: the key that fills most of it gives way, be it this one.  Raises
-        ``Unavailable``."""
-        while self._is_full(ticket):
-            largest = max(self._queue, key=self._share, default=line)
-            own = self._share(line) + self._share(
-                _Line(0, 0, deque([ticket]), ticket.prompt_tokens)
-            )
-            if self._share(largest) <= own:
-                raise self._full()
-            given_up = largest.waiting[-1]
-            given_up.left = True
-            self._take_out(given_up, largest)
-            given_up.on_refused(self._full())
+        """In a queue that is too full: the key that fills most of it gives way, be it this one.
+        Nobody does in vain.  Raises ``Unavailable``."""
+        if not self._is_too_full():
+            return
+        error = self._full()
+        given_up: list[tuple[Ticket, _Line]] = []
+        while self._is_too_full():
+            largest = max(self._queue, key=self._share)
+            if self._share(largest) <= self._share(line):
+                self._take_out(ticket, line)
+                ticket.left = True
+                for other, its_line in reversed(given_up):
+                    self._put_in(other, its_line)
+                raise error
+            given_up.append((largest.waiting[-1], largest))
+            self._take_out(*given_up[-1])
+        for other, _ in given_up:
+            other.left = True
+            other.on_refused(error)
 
-    def _is_full(self, ticket: Ticket) -> bool:
-        tokens = self._waiting_tokens + ticket.prompt_tokens
-        return self.waiting >= self._max_queue or bool(
-            self.waiting and tokens > self._max_queue_tokens
+    def _is_too_full(self) -> bool:
+        """One may wait whatever its size."""
+        return self.waiting > self._max_queue or (
+            self.waiting > 1 and self._waiting_tokens > self._max_queue_tokens
         )
 
     def _share(self, line: _Line) -> float:
@@ -215,6 +222,11 @@ class Admission:
             len(line.waiting) / max(1, self._max_queue),
             line.waiting_tokens / max(1, self._max_queue_tokens),
         )
+
+    def _put_in(self, ticket: Ticket, line: _Line) -> None:
+        line.waiting.append(ticket)
+        self._queue.add(line)
+        self._count_waiting(ticket, line, 1)
 
     def _take_out(self, ticket: Ticket, line: _Line) -> None:
         line.waiting.remove(ticket)
@@ -228,9 +240,15 @@ class Admission:
         line.waiting_tokens += by * ticket.prompt_tokens
 
     def _full(self) -> Unavailable:
+        """Names the limit that was passed."""
         wait_s = min(_MAX_RETRY_S, 1 + self.waiting // self._slots)
+        what = (
+            f"{self._max_queue} requests"
+            if self.waiting > self._max_queue
+            else f"requests of {self._max_queue_tokens} prompt tokens"
+        )
         return Unavailable(
-            f"The server's queue is full: {self.waiting} requests wait for a place. "
+            f"The server's queue is full: at most {what} may wait for a place. "
             f"Please try again in {wait_s} seconds.",
             code="overloaded",
             retry_after_s=wait_s,

@@ -127,6 +127,10 @@ class ChatStream:
             if self._outputs is not None:
                 self._source.record.outputs = self._outputs.texts
 
+    @property
+    def failed(self) -> bool:
+        return self._source.failed
+
     def take(self) -> bytes:
         """Whole events for all that has come; b"" where there is nothing to show yet.
 

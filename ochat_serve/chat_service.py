@@ -133,7 +133,8 @@ class ChatService:
                 Run,
                 terms=Terms(
                     caller=caller,
-                    choices=options.n if options.temperature else 1,  # greedy ones are copies
+                    choices=options.n,
+                    places=options.n if options.temperature else 1,  # greedy ones are copies
                     max_tokens=options.max_tokens,
                     queue_timeout_s=self._queue_timeout_s,
                     timeout_s=min(timeout_s, self._request_timeout_s),
@@ -170,10 +171,11 @@ class ChatService:
 
 
 def _admission(info: EngineInfo, settings: Settings) -> Admission:
-    """This front end's share of the places and of the queue."""
+    """This front end's share of the places and of the queue: of the places no more, for all
+    together must not pass what was said."""
     share = settings.api_server_count
     return Admission(
-        slots=math.ceil((settings.max_inflight or info.max_num_seqs) / share),
+        slots=max(1, (settings.max_inflight or info.max_num_seqs) // share),
         max_queue=math.ceil(settings.max_queue / share),
         max_queue_tokens=math.ceil(settings.max_queue_tokens / share),
         step_tokens=info.max_num_batched_tokens,

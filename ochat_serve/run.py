@@ -32,29 +32,37 @@ class RunningChats:
 
     def __init__(self) -> None:
         self._chats: set[Failable] = set()
+        self._error: ApiError | None = None
 
     def __len__(self) -> int:
         return len(self._chats)
 
     def add(self, chat: Failable) -> None:
+        """Raises what all were given up with: whoever comes late is no exception."""
+        if self._error is not None:
+            raise self._error.with_traceback(None)
         self._chats.add(chat)
 
     def discard(self, chat: Failable) -> None:
         self._chats.discard(chat)
 
     def fail(self, error: ApiError) -> None:
-        """Give all of them up: each ends as if its generation had failed with ``error``."""
+        """Give all of them up, for good: each ends as if its generation had failed with
+        ``error``."""
+        self._error = error
         for chat in list(self._chats):
             chat.fail(error)
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """On which a request runs: who asks, for how many ``choices`` of ``max_tokens`` at most, and
-    how long it may take, in seconds since ``elapsed`` was 0."""
+    """On which a request runs: who asks, for how many ``choices`` of ``max_tokens`` at most, how
+    many ``places`` they take in the engine (equal ones are made once), and how long it may take,
+    in seconds since ``elapsed`` was 0."""
 
     caller: Caller
     choices: int
+    places: int
     max_tokens: int
     queue_timeout_s: float
     timeout_s: float
@@ -121,13 +129,19 @@ class Run:
             await self._limits.settle(self._reservation, tokens)
 
     async def _enter(self, terms: Terms) -> None:
-        self._ticket = self._admission.enter(
-            terms.caller.name, self.usage.prompt_tokens, terms.choices
-        )
-        loop = asyncio.get_running_loop()
         left_s = terms.timeout_s - terms.elapsed()
-        self._timer = loop.call_later(left_s, self._expire)
+        if left_s <= 0:  # encoding its prompt took so long
+            raise self._expired()
         self._running.add(self)
+        try:
+            self._ticket = self._admission.enter(
+                terms.caller.name, self.usage.prompt_tokens, terms.places
+            )
+        except ApiError:
+            self._running.discard(self)
+            raise
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(left_s, self._expire)
         if self._ticket.admitted:
             try:
                 self._generation = await self._context.__aenter__()
@@ -142,7 +156,7 @@ class Run:
     async def __aexit__(self, *error: Any) -> None:
         self._ready = _nobody_listens
         try:
-            if self._starting is not None:
+            if self._starting is not None and not self._starting.done():
                 self._starting.cancel()
                 await asyncio.wait((self._starting,))
             if self._generation is not None:
@@ -175,6 +189,8 @@ class Run:
         self._starting = asyncio.create_task(self._start())
 
     async def _start(self) -> None:
+        if self._failure is not None:  # between its admission and now
+            return
         try:
             self._generation = await self._context.__aenter__()
         except Exception as error:  # noqa: BLE001 - raised again by ``take``, in the request's task
@@ -193,9 +209,10 @@ class Run:
         )
 
     def _expire(self) -> None:
-        self.fail(
-            DeadlineExceeded(f"The request took longer than {self._terms.timeout_s:g} seconds.")
-        )
+        self.fail(self._expired())
+
+    def _expired(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"The request took longer than {self._terms.timeout_s:g} seconds.")
 
     def fail(self, error: Exception) -> None:
         """Have ``take`` raise ``error`` from now on; whoever listens is called.  The first error
@@ -220,6 +237,11 @@ class Run:
     @property
     def finished(self) -> bool:
         return self._generation is not None and self._generation.finished
+
+    @property
+    def failed(self) -> bool:
+        """Whether ``take`` raises."""
+        return self._failure is not None
 
     def take(self) -> Update | None:
         if self._failure is not None:

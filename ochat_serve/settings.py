@@ -244,6 +244,11 @@ class Settings(BaseModel):
             raise ValueError("--ssl-certfile and --ssl-keyfile are needed together")
         if self.allow_credentials and "*" in self.allowed_origins:
             raise ValueError('--allow-credentials needs named --allowed-origins, not "*"')
+        if self.max_inflight is not None and self.max_inflight < self.api_server_count:
+            raise ValueError(
+                f"--max-inflight {self.max_inflight} is less than --api-server-count "
+                f"{self.api_server_count}: each front end needs a place in the engine"
+            )
         if self.log_total_mb < self.log_max_mb:
             raise ValueError(
                 f"--log-total-mb {self.log_total_mb} is less than --log-max-mb {self.log_max_mb}: "

@@ -181,7 +181,7 @@ def test_a_full_queue_turns_away() -> None:
     clients = Clients(place)
     for name in ("1", "2", "3"):
         clients.come(name, key=None)
-    with pytest.raises(Unavailable, match="The server's queue is full: 2 requests wait") as full:
+    with pytest.raises(Unavailable, match="at most 2 requests may wait") as full:
         clients.come("4", key=None)
     assert full.value.code == "overloaded"
     assert full.value.retry_after_s >= 1
@@ -195,7 +195,7 @@ def test_tokens_of_waiting_prompts_are_bounded() -> None:
     clients = Clients(admission(slots=1, max_queue_tokens=100))
     clients.come("1", key=None)
     clients.come("2", key=None, tokens=5_000)  # alone it may wait
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="at most requests of 100 prompt tokens may wait"):
         clients.come("3", key=None, tokens=1)
     clients.go("2", 0)
     clients.come("4", key=None, tokens=60)
@@ -226,6 +226,38 @@ def test_whoever_fills_it_with_tokens_makes_room_too() -> None:
         clients.come(f"b{number}", "b", tokens=5)
     clients.come("c0", "c", tokens=10)
     assert clients.refused == ["a1"]
+
+
+def test_nobody_makes_room_in_vain() -> None:
+    clients = Clients(admission(slots=1, max_queue_tokens=100))
+    clients.come("first", "d")
+    for number in range(5):
+        clients.come(f"a{number}", "a")
+        clients.come(f"b{number}", "b")
+    with pytest.raises(Unavailable):  # too much, even if each of them lost one
+        clients.come("c", "c", tokens=45)
+    assert clients.refused == []
+    for _ in range(10):
+        clients.go(clients.admitted[-1])
+    for key in "ab":  # in their order
+        in_turn = [name for name in clients.admitted if name.startswith(key)]
+        assert in_turn == [f"{key}{number}" for number in range(5)]
+
+
+def test_who_finds_a_place_at_once_needs_no_room_in_the_queue() -> None:
+    clients = Clients(admission(slots=4, max_queue=2))
+    for number in range(5):
+        clients.come(f"a{number}", "a")
+    clients.come("b0", "b")
+    assert clients.admitted[-1] == "b0"
+    assert clients.refused == []
+
+
+def test_of_few_places_none_is_reserved() -> None:
+    clients = Clients(admission(slots=3))
+    for number in range(3):
+        clients.come(f"a{number}", "a")
+    assert len(clients.admitted) == 3
 
 
 @pytest.mark.parametrize("seed", range(5))

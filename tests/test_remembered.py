@@ -19,7 +19,7 @@ def test_ids_come_back_for_the_same_text_encoded_the_same_way():
 
 
 def test_what_was_not_used_for_the_longest_time_goes_first():
-    size = sys.getsizeof("a" * 100) + 4 * 10 + 300
+    size = sys.getsizeof("a" * 100) + 4 * 10 + 500
     table = RememberedIds(3 * size)
     for letter in "abc":
         table.put((letter * 100, False), range(10))

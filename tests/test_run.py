@@ -9,7 +9,7 @@ import pytest
 from ochat_serve.admission import Admission
 from ochat_serve.caller import Caller, KeyLimits
 from ochat_serve.clock import periods
-from ochat_serve.errors import ApiError, RateLimited, ServerFault, Unavailable
+from ochat_serve.errors import ApiError, DeadlineExceeded, RateLimited, ServerFault, Unavailable
 from ochat_serve.generation import Generation, SamplingOptions, Usage
 from ochat_serve.limits import MemoryLimits
 from ochat_serve.request_log import RequestRecord
@@ -29,7 +29,7 @@ class Place:
         self._caller = Caller("alice", limits=KeyLimits(**limits))
         self._limits = MemoryLimits(lambda: 0.0, periods)
 
-    def run(self) -> Run:
+    def run(self, elapsed: float = 0.0) -> Run:
         record = RequestRecord(time=0, request_id="r", method="POST", path="/")
         record.usage = Usage(prompt_tokens=3)
         record.finish_reasons = [None]
@@ -38,10 +38,11 @@ class Place:
             terms=Terms(
                 caller=self._caller,
                 choices=1,
+                places=1,
                 max_tokens=5,
                 queue_timeout_s=60,
                 timeout_s=60,
-                elapsed=lambda: 0.0,
+                elapsed=lambda: elapsed,
             ),
             record=record,
             spaces=None,
@@ -126,6 +127,59 @@ async def test_leaving_while_the_engine_is_being_told_waits_for_that() -> None:
         await asyncio.sleep(0.01)
     assert told == ["aborted"]
     assert place.admission.running == 0
+
+
+async def test_what_is_out_of_time_before_it_begins_never_reaches_the_engine() -> None:
+    """Encoding a long prompt takes time, too."""
+    place = Place()
+    late = place.run(elapsed=60.0)
+    with pytest.raises(DeadlineExceeded):
+        await late.__aenter__()
+    assert late.record.usage is None
+    assert place.engine.requests == []
+    assert (place.admission.running, len(place.running)) == (0, 0)
+
+
+async def test_what_fails_on_its_way_from_the_queue_never_reaches_the_engine() -> None:
+    place = Place()
+    first, second = place.run(), place.run()
+    async with second_of(first, second):
+        await first.__aexit__(None, None, None)
+        second.fail(ServerFault())  # it has its place; its task has not run yet
+        await asyncio.sleep(0.01)
+        assert len(place.engine.requests) == 1
+    assert place.admission.running == 0
+
+
+async def test_who_comes_after_all_were_given_up_is_given_up_too() -> None:
+    place = Place()
+    async with place.run():
+        place.running.fail(Unavailable("Enough.", code="shutting_down", retry_after_s=5))
+        with pytest.raises(Unavailable, match="Enough"):
+            await place.run().__aenter__()
+    assert len(place.engine.requests) == 1
+    assert (place.admission.running, place.admission.waiting) == (0, 0)
+
+
+async def test_a_cancelled_task_leaves_nothing_in_the_engine() -> None:
+    """One that waited in the queue: its start is long done and needs no waiting for."""
+    place = Place()
+    first, second = place.run(), place.run()
+
+    async def request() -> None:
+        async with second:
+            await asyncio.Event().wait()
+
+    async with first:
+        task = asyncio.create_task(request())
+        await asyncio.sleep(0)
+    await asyncio.sleep(0.01)
+    assert place.engine.running == 1
+    task.cancel()
+    await asyncio.sleep(0)
+    task.cancel()  # once more, while it cleans up
+    await asyncio.wait((task,))
+    assert (place.engine.running, place.admission.running) == (0, 0)
 
 
 async def test_the_first_error_counts() -> None:

@@ -125,3 +125,8 @@ def test_keys_are_not_in_errors_either(wrong: dict[str, object]):
         Settings.model_validate({"api_keys": [SECRET]} | wrong)
     assert SECRET not in str(refusal.value)
     assert SECRET not in repr(refusal.value)
+
+
+def test_each_front_end_needs_a_place_in_the_engine():
+    with pytest.raises(ValidationError, match="--max-inflight 1 is less than --api-server-count 2"):
+        Settings(max_inflight=1, api_server_count=2)

@@ -68,7 +68,8 @@ class Boundary:
         try:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
-            record.outcome = "abandoned"
+            if record.error is None:  # else it had failed before the client left
+                record.outcome = "abandoned"
         except asyncio.CancelledError:
             record.outcome = record.outcome or "shutdown"  # nothing else cancels a request
             raise

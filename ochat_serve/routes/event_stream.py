@@ -38,6 +38,11 @@ class Events(Protocol):
     @property
     def finished(self) -> bool: ...
 
+    @property
+    def failed(self) -> bool:
+        """Whether nothing more will come than word of a failure."""
+        ...
+
     def listen(self, ready: Callable[[], None]) -> None: ...
 
     def take(self) -> bytes:
@@ -155,22 +160,26 @@ class EventStream(Response):
         connection = connection_of(scope)
         self._streams.add(self)
         try:
-            async with until_disconnect(scope, receive), self._context as events:
+            # The client's leaving must not cut short how the context is left, and the last bytes
+            # come after it: who has read them may ask again, and a slow reader holds no place.
+            async with self._context as events:
                 self._events = events
-                try:
-                    last = await self._begin(send, connection)
-                    if self._writer is not None:
-                        last = await self._written_by_loop()
-                except ApiError as error:
-                    if not self._started:
-                        raise
-                    last = error_event(error)
+                async with until_disconnect(scope, receive):
+                    last = await self._all_but_the_last(send, connection)
+            async with until_disconnect(scope, receive):
                 await self._send(send, last, more=False)
         finally:
-            if self._writer is not None:
-                self._writer.on_resume(None)
-                self._writer = None
             self._streams.discard(self)
+
+    async def _all_but_the_last(self, send: Send, connection: Connection | None) -> bytes:
+        """The last events.  Raises ``ApiError`` where nothing was sent."""
+        try:
+            last = await self._begin(send, connection)
+            return last if self._writer is None else await self._written_by_loop(self._writer)
+        except ApiError as error:
+            if not self._started:
+                raise
+            return error_event(error)
 
     async def _begin(self, send: Send, connection: Connection | None) -> bytes:
         """Send what comes, up to where the loop takes over or to the end.  The last events."""
@@ -193,13 +202,16 @@ class EventStream(Response):
             if data:
                 await self._send(send, data)
 
-    async def _written_by_loop(self) -> bytes:
+    async def _written_by_loop(self, writer: Connection) -> bytes:
         """The last events; all others are written by ``flush``."""
-        assert self._writer is not None
         self._last: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._writer.on_resume(self._on_ready)
+        writer.on_resume(self._on_ready)
         self._events.listen(self._on_ready)
-        return await self._last
+        try:
+            return await self._last
+        finally:  # whatever is written later would come after the end
+            writer.on_resume(None)
+            self._writer = None
 
     def _on_ready(self) -> None:
         self._streams.ready(self)
@@ -207,7 +219,7 @@ class EventStream(Response):
     def flush(self, now: float) -> None:
         """Write what has come, unless the client is slow: then it is merged until it reads."""
         writer = self._writer
-        if writer is None or writer.paused or self._last.done():
+        if writer is None or self._last.done() or (writer.paused and not self._events.failed):
             return
         try:
             data = self._events.take()

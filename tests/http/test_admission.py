@@ -240,3 +240,10 @@ def test_a_place_is_given_back_whatever_happens() -> None:
         busy.engine.script = words("fine")
         assert busy.ask().result().status_code == 200
         assert busy.occupied(running=0)
+
+
+def test_front_ends_together_never_pass_the_most() -> None:
+    admission = service(ScriptedEngine(), Settings(max_inflight=10, api_server_count=4)).admission
+    for _ in range(3):
+        admission.enter(None, 1, 1)
+    assert (admission.running, admission.waiting) == (2, 1)

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,46 @@ def test_a_reader_that_never_reads_does_not_hide_the_outcome(tmp_path: Path) -> 
     assert served.line()["error"] == "shutting_down"
 
 
+def test_a_reader_that_never_reads_holds_no_place_beyond_its_time(tmp_path: Path) -> None:
+    """Its write timeout, a minute, is not waited for; and the log tells what ended it."""
+    script = [*words(*["x" * 8_000] * 2_000)[:-1], Wait()]
+    served = Served(tmp_path, script)
+    with (
+        live(served.app, closing=served.closing) as server,
+        RawClient(server.port, receive_buffer=4_096) as client,
+    ):
+        body = json.dumps({**ASK, "stream": True}).encode()
+        client.post(CHAT, body, "Content-Type: application/json", "x-ochat-timeout-s: 0.5")
+        assert eventually(lambda: served.engine.running == 1)
+        assert eventually(lambda: served.engine.running == 0)
+        assert served.serving.chat.admission.running == 0
+        client.hang_up()
+    line = served.line()
+    assert (line["outcome"], line["error"]) == ("timeout", "deadline_exceeded")
+
+
+def test_who_leaves_at_the_end_cuts_no_clean_up_short(tmp_path: Path) -> None:
+    served = Served(tmp_path, words("Hi"))
+    told: list[str] = []
+    generate = served.engine.generate
+
+    @asynccontextmanager
+    async def slow(*args: object, **kwargs: object) -> AsyncGenerator[object, None]:
+        async with generate(*args, **kwargs) as generation:
+            yield generation
+        told.append("asked")
+        await asyncio.sleep(0.3)
+        told.append("aborted")
+
+    served.engine.generate = slow
+    with live(served.app, closing=served.closing) as server, RawClient(server.port) as client:
+        client.post(CHAT, json.dumps({**ASK, "stream": True}).encode())
+        assert eventually(lambda: told)
+        client.hang_up()
+        assert eventually(lambda: told == ["asked", "aborted"])
+        assert eventually(lambda: served.serving.chat.admission.running == 0)
+
+
 async def test_the_first_error_counts_and_after_the_last_update_none_does() -> None:
     engine = ScriptedEngine(script=words("Hi"))
     service = serving(engine).chat
@@ -127,7 +169,7 @@ async def test_the_first_error_counts_and_after_the_last_update_none_does() -> N
         stream.listen(ready.set)
         await ready.wait()
         assert b'"finish_reason":"stop"' in stream.take()
-        service.running.fail(error())
+        stream._source.fail(error())
         assert chat._record.error is None
 
     engine.script = [Wait()]

@@ -176,3 +176,12 @@ def test_a_quota_goes_on_where_the_ledger_stands(
         with limited.start("--tokens-per-day 9", serving, ledger) as server:
             statuses.append(limited.ask(server).status_code)
     assert statuses == [200, 200, 429]
+
+
+def test_equal_choices_count_as_often_as_they_are_sent(limited: Limited) -> None:
+    """They are made once, which is the server's gain."""
+    with limited.start("--tokens-per-minute 1000") as server:
+        answer = limited.ask(server, n=8, temperature=0, max_tokens=100)
+        assert answer.status_code == 200
+        assert answer.headers["x-ratelimit-remaining-tokens"] == str(1000 - 3 - 8 * 100)
+        assert limited.serving.chat.admission.running == 0
