@@ -78,8 +78,7 @@ def create_app(
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
             await serving.limits.close()
-            if serving.chat is not None:
-                await serving.chat.served.engine.close()
+            await serving.close()
 
     app = FastAPI(
         title="ochat_serve",

@@ -38,8 +38,10 @@ _ADDRESSES = {"usage_db": "OCHAT_USAGE_DB", "redis_url": "OCHAT_REDIS_URL"}
 SECRET_VARIABLES = (*SECRETS.values(), *_ADDRESSES.values())
 # What must not be shown, whatever is wrong with it.
 _HIDDEN = (*SECRETS, *_ADDRESSES)
-# What a flag means that is given without its value.
-_BARE = {"log_content": "full"}
+# What a flag means that is given without its value, or as a switch in a file: YAML reads the
+# words on and off as true and false.
+_BARE = {"log_content": "full", "self_check": "on"}
+_SWITCHED_OFF = {"log_content": "none", "self_check": "off"}
 # A pattern that got lost would be a secret in the log.
 _ADD_UP = ("log_redact",)
 _JSON_LISTS = ("allowed_origins", "allowed_methods", "allowed_headers")
@@ -164,11 +166,14 @@ def _config_flag(name: str, value: Any) -> list[str]:
         return []
     if value is True:
         return [f"--{name}"]
+    field = name.replace("-", "_")
     if value is False:
+        if field in _SWITCHED_OFF:
+            return [f"--{name}", _SWITCHED_OFF[field]]
         # Our own switches are off unless given; vLLM's have a form that turns them off.
         ours = (*Settings.model_fields, *_OLD_SWITCHES)
-        return [] if name.replace("-", "_") in ours else [f"--no-{name}"]
-    if isinstance(value, dict) or name.replace("-", "_") in _JSON_LISTS:
+        return [] if field in ours else [f"--no-{name}"]
+    if isinstance(value, dict) or field in _JSON_LISTS:
         return [f"--{name}", json.dumps(value)]
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]

@@ -105,13 +105,15 @@ class Usage:
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
     """What a started engine knows about itself.  ``max_model_len`` counts tokens, and so does
-    ``max_num_batched_tokens`` (of one step); ``max_num_seqs`` are choices at a time."""
+    ``max_num_batched_tokens`` (of one step); ``max_num_seqs`` are choices at a time.  Without
+    ``has_weights`` its answers are made up: random weights, or a simulation."""
 
     max_model_len: int
     vocab_size: int
     version: str
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
+    has_weights: bool = True
 
 
 class Generation(Protocol):

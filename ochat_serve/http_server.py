@@ -85,7 +85,7 @@ class HttpServer(uvicorn.Server):
         if sig == HURRY or (self._serving.draining and not self._has_parent):
             self.hurry(128 + sig)
         elif self._serving.chat is None:  # nothing runs yet
-            self.should_exit = True
+            self.hurry(0)
         else:
             self._serving.draining = True
 

@@ -1,11 +1,13 @@
 """From a command to a served model, beside the running server; and what happens when it dies."""
 
+import asyncio
 import hashlib
 import os
 import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from ochat_serve.cli import say
 from ochat_serve.errors import StartupError
 from ochat_serve.generation import ServedModel
 from ochat_serve.http_server import HttpServer
+from ochat_serve.self_check import check, expected_answer
 from ochat_serve.serving import Serving
 
 if TYPE_CHECKING:  # it imports transformers, which takes seconds
@@ -22,6 +25,11 @@ if TYPE_CHECKING:  # it imports transformers, which takes seconds
 
 WATCH_INTERVAL_S = 1
 PHASES = ("finding the model", "importing vLLM", "loading the tokenizer", "loading the weights")
+CHECKING = "checking the answers"
+
+
+# command, whom to tell the phases, where an engine to share is -> the model behind the server
+Load = Callable[[cli.Command, Callable[[str], None], Mapping[str, Any] | None], ServedModel]
 
 
 def new_cache_secret() -> bytes:
@@ -47,7 +55,8 @@ class Share:
 class Loader(threading.Thread):
     """Loads the model into ``serving``, then watches its engine.
 
-    ``failure`` says why the server was ended; None while all is well.
+    ``failure`` says why the server was ended; None while all is well.  ``interrupted``: a signal
+    has ended it before the model was served.
     """
 
     def __init__(
@@ -56,22 +65,28 @@ class Loader(threading.Thread):
         serving: Serving,
         server: HttpServer,
         share: Share | None = None,
+        load_model: Load | None = None,
     ) -> None:
         super().__init__(name="load", daemon=True)
         self.failure: StartupError | None = None
+        self.interrupted = False
         self._command = command
         self._serving = serving
         self._server = server
         self._share = share
+        self._load = load_model or load
+        self._who = f"front end {share.index + 1} " if share else ""
         self._cache_secret = share.cache_secret if share else new_cache_secret()
         self._started_at = time.monotonic()
 
     def run(self) -> None:
         try:
-            served = load(
+            served = self._load(
                 self._command, self._phase, self._share.connection if self._share else None
             )
             self._server.children.look()
+            self._serving.engine = served.engine
+            self._check(served)
             self._serving.chat = ChatService(
                 served,
                 self._command.settings,
@@ -82,18 +97,43 @@ class Loader(threading.Thread):
             )
             self._serving.phase = "ready"
             seconds = time.monotonic() - self._started_at
-            who = f"front end {self._share.index + 1} " if self._share else ""
-            say(f"{who}ready in {seconds:.0f} s; models: {', '.join(served.names)}")
+            say(f"{self._who}ready in {seconds:.0f} s; models: {', '.join(served.names)}")
             self._watch(served)
         except StartupError as error:
-            self.failure = error
+            self._fail(error)
+        except CancelledError:  # the server has ended while the model was asked
+            self.interrupted = True
         finally:
             self._server.should_exit = True
+
+    def _fail(self, error: StartupError) -> None:
+        if self._server.should_exit:  # by a signal, and this is what came of it
+            self.interrupted = True
+            return
+        self.failure = error
+        if self._serving.engine is not None:  # it may hang
+            self._server.hurry(1, str(error))
 
     def _phase(self, name: str) -> None:
         self._serving.phase = name
         if self._share is None:  # otherwise the parent tells, once
             say(f"[{PHASES.index(name) + 1}/{len(PHASES)}] {name} ...")
+
+    def _check(self, served: ServedModel) -> None:
+        """Ask the model what is known, if anything is.  Raises ``StartupError``, and
+        ``CancelledError`` when the server ends meanwhile."""
+        settings = self._command.settings
+        expected = expected_answer(
+            settings.self_check, settings.model, has_weights=served.engine.info.has_weights
+        )
+        if expected is None:
+            return
+        self._serving.phase = CHECKING
+        # In the server's event loop, to which the engine will belong.
+        answer = asyncio.run_coroutine_threadsafe(
+            check(served, expected, settings.stall_s), self._server.loop.result()
+        ).result()
+        say(f"{self._who}asked {expected.question!r}, the model says {answer!r}")
 
     def _watch(self, served: ServedModel) -> None:
         """Until the server ends.  Without an engine it is of no use to anybody: it ends too, so
@@ -102,7 +142,6 @@ class Loader(threading.Thread):
             time.sleep(WATCH_INTERVAL_S)
             reason = self._end_of(served)
             if reason is not None and not self._server.should_exit:
-                self._server.hurry(1, reason)
                 raise StartupError(reason)
 
     def _end_of(self, served: ServedModel) -> str | None:

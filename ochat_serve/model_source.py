@@ -19,9 +19,9 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 from ochat_serve import demo_model
 from ochat_serve.errors import StartupError
+from ochat_serve.setting_values import DEMO
 from ochat_serve.templates.registry import MODEL_TYPES, TEMPLATES, canonical, model_type_of_name
 
-DEMO = "demo"
 _REACH_TIMEOUT_S = 3
 
 

@@ -24,7 +24,7 @@ from ochat_serve.http_protocol import HttpProtocol
 from ochat_serve.http_server import HttpServer
 from ochat_serve.key_file import Content, KeyFile, KeyFileError
 from ochat_serve.limits import Limits, MemoryLimits, no_use_before
-from ochat_serve.loader import Loader, Share
+from ochat_serve.loader import Load, Loader, Share
 from ochat_serve.request_log import Log, LogFile, Redaction, RequestLog, Retention
 from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings
@@ -73,8 +73,9 @@ def serve(
     log: Log | None,
     ledger: UsageLedger | None,
     share: Share | None = None,
+    load_model: Load | None = None,
 ) -> int:
-    """One front end, with an engine of its own or a share in one."""
+    """One front end, with an engine of its own or a share in one, by ``loader.load`` or another."""
     serving = Serving(limits=open_limits(command.settings, ledger))
     certificate = open_certificate(command.settings)
     server = HttpServer(
@@ -101,7 +102,7 @@ def serve(
         certificate=certificate,
         has_parent=share is not None,
     )
-    loader = Loader(command, serving, server, share)
+    loader = Loader(command, serving, server, share, load_model)
     loader.start()
     try:
         server.run(sockets=sockets)
@@ -115,7 +116,7 @@ def serve(
     if serving.chat is None and loader.is_alive():
         os._exit(0)  # the loader is a part of a half-built engine and cannot be asked to stop
     # Nothing was loaded and nothing is said: a bug, and the loader has shown its traceback.
-    return server.exit_code if serving.chat is not None else 1
+    return server.exit_code if serving.chat is not None or loader.interrupted else 1
 
 
 def open_limits(settings: Settings, ledger: UsageLedger | None) -> Limits:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from ochat_serve.chat_service import ChatService
 from ochat_serve.clock import periods
 from ochat_serve.errors import Unavailable
+from ochat_serve.generation import Engine
 from ochat_serve.limits import Limits, MemoryLimits
 
 RETRY_S = 5
@@ -16,12 +17,14 @@ _IDLE_S = 1.0
 
 @dataclass
 class Serving:
-    """The app's one piece of changing state.  ``phase`` is a word or two for people."""
+    """The app's one piece of changing state.  ``phase`` is a word or two for people; ``engine``
+    is there before ``chat``, while its answers are checked."""
 
     phase: str = "starting"
     chat: ChatService | None = None
     draining: bool = False
     limits: Limits = field(default_factory=lambda: MemoryLimits(time.time, periods))
+    engine: Engine | None = None
 
     def require_loaded(self) -> ChatService:
         """The service, whether it can answer now or not.  Raises ``Unavailable`` before."""
@@ -76,6 +79,12 @@ class Serving:
             )
         )
         return count
+
+    async def close(self) -> None:
+        """End the engine, if there is one."""
+        engine = self.chat.served.engine if self.chat is not None else self.engine
+        if engine is not None:
+            await engine.close()
 
     async def watch(self) -> None:
         """Watch the engine's progress, until cancelled."""

@@ -9,6 +9,8 @@ from pydantic import AfterValidator, BeforeValidator, SecretStr
 
 AUTO: Literal["auto"] = "auto"
 NONE: Literal["none"] = "none"
+DEMO = "demo"
+SelfCheck = Literal["auto", "on", "off"]
 POSTGRES_SCHEMES = ("postgresql://", "postgres://")
 REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 MAX_STREAM_PERIOD = 1000

@@ -14,6 +14,7 @@ from ochat_serve.setting_values import (
     Networks,
     Pattern,
     RedisUrl,
+    SelfCheck,
     StreamPeriod,
     SubPath,
     UsagePlace,
@@ -127,6 +128,13 @@ class Settings(BaseModel):
         ge=0,
         description="Seconds that open requests have to finish after a signal to stop, while new "
         "ones get a 503. A second signal ends the server at once.",
+    )
+
+    self_check: SelfCheck = Field(
+        "auto",
+        description="At start, ask the model for the capital of France, and do not serve one that "
+        "does not know it. 'auto': the demo model and OpenChat's own, whose answer is known; the "
+        "flag alone means on: any model.",
     )
 
     # Server

@@ -35,7 +35,7 @@ LAYERS = (
         "usage",
     ),
     ("engine", "tokenizer", "demo_model", "model_source", "redis_limits"),
-    ("clock", "chat_request", "run", "chat", "chat_service", "health", "serving"),
+    ("clock", "chat_request", "run", "chat", "chat_service", "health", "serving", "self_check"),
     ("app", "routes", "middleware"),
     (
         "openai_api_server",

@@ -61,6 +61,7 @@ FLAGS: dict[str, tuple[list[str], Any]] = {
     "strict_parameters": ([], True),
     "stall_s": (["2.5"], 2.5),
     "drain_s": (["0"], 0),
+    "self_check": (["off"], "off"),
     "host": (["::1"], "::1"),
     "port": (["0"], 0),
     "api_server_count": (["2"], 2),
@@ -143,6 +144,15 @@ def test_the_bare_log_content_is_all_of_it(tmp_path: Path):
     for value, level in {"true": "full", "false": "none", "none": "none", "null": "none"}.items():
         argv = config(tmp_path, f"log-content: {value}\nport: 5\n")
         assert parse(argv, {}).settings == Settings(log_content=level, port=5)
+
+
+def test_yaml_reads_on_and_off_as_true_and_false(tmp_path: Path):
+    assert command("--self-check").settings.self_check == "on"
+    assert command("--self-check auto").settings.self_check == "auto"
+    for value in ("on", "off", "auto", "true", "false"):
+        argv = config(tmp_path, f"self-check: {value}\nport: 5\n")
+        expected = {"true": "on", "false": "off"}.get(value, value)
+        assert parse(argv, {}).settings == Settings(self_check=expected, port=5)
 
 
 def test_patterns_add_up(tmp_path: Path):
@@ -358,6 +368,7 @@ def test_loopback_needs_no_keys(host: str):
             "--forwarded-allow-ips 10.0.0.1/8: must be an address or a network: "
             "10.0.0.1/8 has host bits set.",
         ),
+        (["--self-check", "yes"], "--self-check yes: must be 'auto', 'on' or 'off'."),
         (["--root-path", "llm"], "--root-path llm: must be a path such as /llm."),
         (["--root-path", "/a?b"], None),
         (["--root-path", "/a//b"], None),

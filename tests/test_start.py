@@ -253,6 +253,7 @@ def test_the_old_command_line_from_the_first_second_to_the_last(tmp_path: Path) 
         assert server.stop() == 0
         assert eventually(lambda: not any(map(alive, children)), within_s=10)
 
+    assert "the model says 'The capital of France is Paris.'" in server.output
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["status"] for line in lines] == [503, 401, 200, *[401] * 6, 400, 200, 401, 200]
     for text in (server.output, log.read_text(), *seen):

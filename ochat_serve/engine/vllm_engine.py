@@ -8,11 +8,13 @@ import gc
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from prometheus_client import generate_latest
 from tokenizers import decoders
 from vllm import __version__ as vllm_version
+from vllm.config import VllmConfig
+from vllm.config.parallel import DistributedExecutorBackend
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.envs import enable_envs_cache
 from vllm.exceptions import VLLMError
@@ -38,6 +40,8 @@ from ochat_serve.generation import EngineInfo, Generation, SamplingOptions
 
 # Seeds of one request with n > 1 are consecutive; vLLM takes -1 for "no seed".
 _SEED_RANGE = 2**62
+# vLLM's own: None lets it choose among the others.
+_EXECUTORS = (None, *get_args(DistributedExecutorBackend))
 _Tokenizer = TypeVar("_Tokenizer")
 
 
@@ -71,6 +75,7 @@ class VllmEngine:
             version=vllm_version,
             max_num_seqs=scheduler.max_num_seqs,
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            has_weights=_has_weights(llm.vllm_config),
         )
 
     @classmethod
@@ -170,6 +175,13 @@ class VllmEngine:
 
 def _no_copies(tokenizer: _Tokenizer, copies: int = 1) -> _Tokenizer:
     return tokenizer
+
+
+def _has_weights(config: VllmConfig) -> bool:
+    """Whether the model's own weights are computed with.  An executor that is not one of vLLM's
+    may do anything, such as simulate."""
+    executor = config.parallel_config.distributed_executor_backend
+    return config.load_config.load_format != "dummy" and executor in _EXECUTORS
 
 
 def _same(value: int | None) -> int | None:

@@ -178,6 +178,25 @@ def test_a_front_end_that_dies_ends_the_server(two: ServerProcess) -> None:
     assert eventually(lambda: not any(map(alive, children)), within_s=10)
 
 
+def test_each_front_end_asks_before_it_is_ready(llama3_folder: Path, tmp_path: Path) -> None:
+    """One that does not would serve the nonsense that another has seen."""
+    with server_process(
+        "--model", str(llama3_folder),
+        "--api-server-count", "2",
+        "--distributed-executor-backend", "sim_executor.SimExecutor",
+        "--self-check", "on",
+        output=tmp_path / "output.txt",
+        PYTHONPATH=str(ROOT / "scripts" / "benchmark" / "sim"),
+    ) as server:  # fmt: skip
+        assert eventually(lambda: front_ends(server), within_s=60)
+        children = server.children()
+        assert server.process.wait(120) == 1
+        assert eventually(lambda: not any(map(alive, children)), within_s=10)
+    asked = r"ochat_serve: front end \d: The self-check failed: .* says 'The sea was calm .*\n"
+    assert re.search(asked, server.output)
+    assert "ready in" not in server.output
+
+
 def test_each_front_end_takes_a_new_certificate(llama3_folder: Path, tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     pair, new = authority.issue("server"), authority.issue("new")
