@@ -32,7 +32,7 @@ from ochat_serve.http_bounds import (
     BoundedConnection,
     Bounds,
     Deadline,
-    TooMuch,
+    Refused,
     drop,
     hold_little,
 )
@@ -185,9 +185,9 @@ class HttpProtocol(H11Protocol):
         """Called by uvicorn while it handles h11's error."""
         error = sys.exception()
         if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431:
-            given = str(error) if isinstance(error, TooMuch) else _TOO_LARGE
+            given = str(error) if isinstance(error, Refused) else _TOO_LARGE
             self._refuse(HeadersTooLarge(given))
-        elif isinstance(error, TooMuch):
+        elif isinstance(error, Refused):
             self._refuse(InvalidRequest(str(error)))
         else:  # h11's own words quote what was sent
             self._refuse(InvalidRequest(f"This is not HTTP as expected: {msg}"))

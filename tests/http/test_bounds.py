@@ -156,6 +156,22 @@ def test_headers_after_a_body_are_bounded(usual: LiveServer) -> None:
         assert refusal(client)[0] == 431
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"POST /livez HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n",
+        b"POST /livez HTTP/1.1\r\nHost: a\r\ntransfer-encoding: chunked\r\ncontent-length: 0\r\n",
+        b"POST /livez HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n",
+    ],
+    ids=["both", "both, lower", "HTTP/1.0"],
+)
+def test_where_a_body_ends_is_said_once(usual: LiveServer, head: bytes) -> None:
+    """Else a gateway and this server can see different requests in the same bytes."""
+    status, error = answer(usual.port, head + b"\r\n0\r\n\r\n" + LIVEZ + b"\r\n")
+    assert (status, error["type"]) == (400, "invalid_request_error")
+    assert "Transfer-Encoding" in str(error["message"])
+
+
 def test_bad_bytes_after_an_answer_only_close_the_connection(usual: LiveServer) -> None:
     """The body of a request that was answered without being read."""
     with RawClient(usual.port) as client:
