@@ -67,6 +67,7 @@ class HttpProtocol(H11Protocol):
         self.app = self._with_connection
         self.resumed: Callable[[], None] | None = None
         self.lost: Callable[[], None] | None = None
+        self.refusal: ApiError | None = None
         self._sender = Deadline(self.loop)
         self._reader = Deadline(self.loop)
         self._sending: Any = None  # h11's state of the client when its deadline was last looked at
@@ -196,6 +197,7 @@ class HttpProtocol(H11Protocol):
         """Answer, where no answer has begun; then close."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.write(_response(error))
+            self.refusal = error
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True  # the app must not answer, too
             self.cycle.message_event.set()
@@ -240,6 +242,10 @@ class H11Connection:
     def chunked(self) -> bool:
         version = self._protocol.conn.their_http_version
         return version is not None and version >= b"1.1"
+
+    @property
+    def refusal(self) -> ApiError | None:
+        return self._protocol.refusal
 
     def on_resume(self, resumed: Callable[[], None] | None) -> None:
         self._protocol.resumed = resumed

@@ -268,8 +268,24 @@ def test_a_body_that_comes_too_slowly_is_408_and_reaches_no_engine() -> None:
         assert eventually(lambda: records)
     assert (status, error["code"]) == (408, "request_timeout")
     assert "0.4 seconds" in str(error["message"])
-    assert (records[0].outcome, records[0].status) == ("abandoned", None)
     assert engine.requests == []
+    assert (records[0].outcome, records[0].status) == ("timeout", 408)
+    assert records[0].error == "request_timeout"
+
+
+def test_a_body_that_is_refused_half_way_is_logged_as_it_was_answered() -> None:
+    with bounded(Bounds()) as (running, records):
+        bad = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+        assert answer(running.port, bad + b"this is no chunk\r\n")[0] == 400
+        with RawClient(running.port) as client:
+            client.send(bad)
+            assert eventually(lambda: running.connections == 1)
+            client.hang_up()
+            assert eventually(lambda: len(records) == 2)
+    assert [(each.outcome, each.status, each.error) for each in records] == [
+        ("rejected", 400, "invalid_request_error"),
+        ("abandoned", None, None),
+    ]
 
 
 def test_a_body_that_nobody_reads_must_end_as_well(quick: LiveServer) -> None:
