@@ -28,6 +28,7 @@ from ochat_serve.request_log import Log, RequestRecord
 from ochat_serve.routes import chat, models, ops, usage
 from ochat_serve.routes.event_stream import OpenStreams
 from ochat_serve.routes.replies import on_api_error
+from ochat_serve.routes.uploads import Uploads
 from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings, is_loopback
 from ochat_serve.usage.ledger import UsageLedger
@@ -91,7 +92,7 @@ def create_app(
         middleware=_middleware(settings, writers, content, keys, serving.limits),
         servers=[{"url": settings.root_path}] if settings.root_path else None,
     )
-    app.include_router(chat.router(serving, streams, settings.max_body_bytes))
+    app.include_router(chat.router(serving, streams, Uploads(settings.max_body_bytes)))
     app.include_router(models.router(serving))
     app.include_router(ops.router(serving))
     app.include_router(usage.router(ledger, time.time))

@@ -27,6 +27,7 @@ LAYERS = (
         "key_ring",
         "failed_attempts",
         "remembered",
+        "shares",
         "detokenizing",
         "token_bytes",
         "request_log",
