@@ -15,6 +15,8 @@ from typing import Any
 
 import h11
 
+from ochat_serve.setting_values import Network
+
 # As h11's own for what is incomplete; browsers and SDKs send less than 2 KiB.
 MAX_HEAD_BYTES = 16 * 1024
 # Clients and gateways send some twenty.
@@ -32,12 +34,14 @@ _TCP_NOTSENT_LOWAT = 25  # Python 3.11 does not name it
 
 @dataclass(frozen=True)
 class Bounds:
-    """Of each connection, in seconds; and how many there may be at once."""
+    """Of each connection, in seconds; and how many there may be at once.  ``gateways`` bring many
+    clients each."""
 
     header_timeout_s: float = HEADER_TIMEOUT_S
     read_timeout_s: float = 60
     write_timeout_s: float = 60
     max_connections: int = 4096
+    gateways: tuple[Network, ...] = ()
 
 
 class Refused(h11.RemoteProtocolError):

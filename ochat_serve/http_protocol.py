@@ -36,6 +36,7 @@ from ochat_serve.http_bounds import (
     drop,
     hold_little,
 )
+from ochat_serve.http_places import Places
 from ochat_serve.routes.connection import CONNECTION
 
 # Whatever comes at once is read in such pieces, so that h11's bound on what is incomplete holds
@@ -54,10 +55,12 @@ class HttpProtocol(H11Protocol):
     """For ``uvicorn.Config(http=...)``, with bounds by ``HttpProtocol.within(bounds)``."""
 
     bounds = Bounds()
+    places = Places(bounds.max_connections, bounds.gateways)
 
     @classmethod
     def within(cls, bounds: Bounds) -> "type[HttpProtocol]":
-        return type(cls.__name__, (cls,), {"bounds": bounds})
+        places = Places(bounds.max_connections, bounds.gateways)
+        return type(cls.__name__, (cls,), {"bounds": bounds, "places": places})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -68,6 +71,8 @@ class HttpProtocol(H11Protocol):
         self.resumed: Callable[[], None] | None = None
         self.lost: Callable[[], None] | None = None
         self.refusal: ApiError | None = None
+        self._has_place = False
+        self._peer: str | None = None
         self._sender = Deadline(self.loop)
         self._reader = Deadline(self.loop)
         self._sending: Any = None  # h11's state of the client when its deadline was last looked at
@@ -86,21 +91,35 @@ class HttpProtocol(H11Protocol):
         hold_little(transport)
         if self.scheme == "https":  # TLS holds eight times as much for a slow reader
             transport.set_write_buffer_limits(high=HIGH_WATER_LIMIT)
-        if len(self.connections) > self.bounds.max_connections:
+        if self.enter(transport):
+            self._watch_sender()
+        else:
             self._refuse(
                 Unavailable(
-                    f"The server has {self.bounds.max_connections} connections, which is the most "
-                    "it takes. Please try again in a few seconds.",
+                    "The server has as many connections as it takes, in all or from your address. "
+                    "Please try again in a few seconds.",
                     code="overloaded",
                     retry_after_s=1,
                 )
             )
-        else:
-            self._watch_sender()
+
+    def enter(self, transport: asyncio.BaseTransport) -> bool:
+        """Whether the connection has a place; it has from the first time on."""
+        if not self._has_place:
+            name = transport.get_extra_info("peername")
+            self._peer = str(name[0]) if isinstance(name, tuple) else None
+            self._has_place = self.places.enter(self._peer)
+        return self._has_place
+
+    def leave(self) -> None:
+        if self._has_place:
+            self._has_place = False
+            self.places.leave(self._peer)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._sender.stop()
         self._reader.stop()
+        self.leave()
         super().connection_lost(exc)
         if self.lost is not None:
             self.lost()

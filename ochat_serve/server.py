@@ -163,6 +163,7 @@ def bounds(settings: Settings) -> Bounds:
         read_timeout_s=settings.read_timeout_s,
         write_timeout_s=settings.write_timeout_s,
         max_connections=most,
+        gateways=settings.forwarded_allow_ips,
     )
 
 

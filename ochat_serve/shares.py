@@ -21,9 +21,13 @@ class Shares:
         left_by_others = self.most - (self.held - own)
         if 2 * (own + amount) > left_by_others + 1:  # of an odd number the larger half
             return False
-        self._held_by[who] = own + amount
-        self.held += amount
+        self.hold(who, amount)
         return True
+
+    def hold(self, who: Hashable, amount: int) -> None:
+        """Take it without asking."""
+        self._held_by[who] = self._held_by.get(who, 0) + amount
+        self.held += amount
 
     def give_back(self, who: Hashable, amount: int) -> None:
         self.held -= amount

@@ -47,6 +47,7 @@ LAYERS = (
         "loader",
         "http_protocol",
         "http_bounds",
+        "http_places",
         "http_server",
         "usage_db",
         "cli",
