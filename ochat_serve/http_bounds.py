@@ -27,6 +27,9 @@ MAX_CHUNKS = 8_192
 MAX_PIPELINED_BYTES = 256 * 1024
 # The head of a request is one packet or two; whoever takes longer is no client.
 HEADER_TIMEOUT_S = 10
+# Of an answer that waits.  Fifty tokens a second are ten times as much in a stream, and the
+# slowest of mobile networks carry five times as much.
+MIN_READ_BYTES_PER_S = 1024
 # What the kernel holds of an answer that is not read: else megabytes per connection.
 _UNSENT_BYTES = 64 * 1024
 _TCP_NOTSENT_LOWAT = 25  # Python 3.11 does not name it

@@ -29,6 +29,7 @@ from ochat_serve.errors import (
 from ochat_serve.http_bounds import (
     MAX_HEAD_BYTES,
     MAX_PIPELINED_BYTES,
+    MIN_READ_BYTES_PER_S,
     BoundedConnection,
     Bounds,
     Deadline,
@@ -187,14 +188,16 @@ class HttpProtocol(H11Protocol):
         self._watch_reader()
 
     def _watch_reader(self) -> None:
-        """What waits to be written must get less in time: also after a polite close, which
-        waits for it."""
+        """What waits to be written must get less in time, by what the slowest reader takes of
+        it: also after a polite close, which waits for it."""
         waiting = self.transport.get_write_buffer_size()
         if waiting:
-            self._reader.start(self.bounds.write_timeout_s, partial(self._unread, waiting))
+            seconds = self.bounds.write_timeout_s
+            left = max(0, waiting - int(seconds * MIN_READ_BYTES_PER_S))
+            self._reader.start(seconds, partial(self._unread, left))
 
-    def _unread(self, before: int) -> None:
-        if self.transport.get_write_buffer_size() < before:
+    def _unread(self, most: int) -> None:
+        if self.transport.get_write_buffer_size() <= most:
             self._watch_reader()
         else:
             drop(self.transport)

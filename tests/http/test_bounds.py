@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import uvloop
 
-from ochat_serve import server
+from ochat_serve import http_protocol, server
 from ochat_serve.app import create_app
 from ochat_serve.generation import Delta, Update
 from ochat_serve.http_bounds import MAX_CHUNKS, MAX_HEAD_BYTES, MAX_HEADERS, Bounds, Deadline
@@ -384,6 +384,31 @@ def test_a_slow_reader_that_reads_is_not_dropped(loop: Loop) -> None:
         assert client.received.count(PIECE.encode()) == pieces
         assert eventually(lambda: records)
     assert records[0].outcome == "finished"
+
+
+@LOOPS
+@pytest.mark.parametrize("enough", [True, False], ids=["enough", "too little"])
+def test_what_is_read_of_a_whole_answer_must_be_enough(
+    loop: Loop, enough: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else some bytes a minute hold a connection and its answer for days."""
+    pieces = 80
+    if not enough:
+        monkeypatch.setattr(http_protocol, "MIN_READ_BYTES_PER_S", 2**30)
+    engine = ScriptedEngine(script=words(*[PIECE] * pieces))
+    with (
+        bounded(QUICK, engine, loop) as (running, _),
+        RawClient(running.port, receive_buffer=4_096) as client,
+    ):
+        client.post(CHAT, json.dumps(ASK).encode())
+        dropped = False
+        while b'"usage"' not in client.received[-8_192:] and not dropped:
+            try:
+                client.received += client._socket.recv(8_192)
+            except ConnectionResetError:
+                dropped = True
+            time.sleep(0.02)
+    assert dropped is not enough
 
 
 @LOOPS
