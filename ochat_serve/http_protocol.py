@@ -7,7 +7,6 @@ bad bytes are answered inside a running stream.
 """
 
 import asyncio
-import json
 import logging
 import sys
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from typing import Any
 import h11
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
-from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol, RequestResponseCycle
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from ochat_serve.errors import (
     ApiError,
@@ -38,6 +37,7 @@ from ochat_serve.http_bounds import (
     hold_little,
 )
 from ochat_serve.http_places import Places
+from ochat_serve.http_refusals import CorsHeaders, no_cors, response
 from ochat_serve.routes.connection import CONNECTION
 
 # Whatever comes at once is read in such pieces, so that h11's bound on what is incomplete holds
@@ -58,10 +58,13 @@ class HttpProtocol(H11Protocol):
     bounds = Bounds()
     places = Places(bounds.max_connections, bounds.gateways)
 
+    cors: CorsHeaders = staticmethod(no_cors)
+
     @classmethod
-    def within(cls, bounds: Bounds) -> "type[HttpProtocol]":
+    def within(cls, bounds: Bounds, cors: CorsHeaders = no_cors) -> "type[HttpProtocol]":
         places = Places(bounds.max_connections, bounds.gateways)
-        return type(cls.__name__, (cls,), {"bounds": bounds, "places": places})
+        own = {"bounds": bounds, "places": places, "cors": staticmethod(cors)}
+        return type(cls.__name__, (cls,), own)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -218,29 +221,22 @@ class HttpProtocol(H11Protocol):
     def _refuse(self, error: ApiError) -> None:
         """Answer, where no answer has begun; then close."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            self.transport.write(_response(error))
+            self.transport.write(response(error, self.cors(self._origin())))
             self.refusal = error
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True  # the app must not answer, too
             self.cycle.message_event.set()
         self._close()
 
+    def _origin(self) -> str | None:
+        if self.cycle is None or self.cycle.response_complete:
+            return None
+        given = next((value for name, value in self.headers if name == b"origin"), None)
+        return None if given is None else given.decode("latin-1")
+
     def _close(self) -> None:
         self.transport.close()
         self._watch_reader()
-
-
-def _response(error: ApiError) -> bytes:
-    body = json.dumps(error.body()).encode()
-    headers = {
-        "content-type": "application/json",
-        "content-length": str(len(body)),
-        "connection": "close",
-        **error.headers,
-    }
-    head = b"HTTP/1.1 %d %b\r\n" % (error.status, STATUS_PHRASES[error.status])
-    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    return head + lines.encode() + b"\r\n" + body
 
 
 class H11Connection:

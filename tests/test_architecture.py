@@ -48,6 +48,7 @@ LAYERS = (
         "http_protocol",
         "http_bounds",
         "http_places",
+        "http_refusals",
         "http_server",
         "usage_db",
         "cli",
@@ -83,7 +84,7 @@ ONLY_IN = {
     "redis": {"redis_limits"},
     "argparse": {"cli", "keys"},
     "psycopg": {"usage"},
-    "uvicorn": {"server", "http_protocol", "http_server"},
+    "uvicorn": {"server", "http_protocol", "http_refusals", "http_server"},
 }
 MAY_READ_ENVIRONMENT = {L2, L5}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv"}
