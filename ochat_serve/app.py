@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import SecretStr
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.types import ASGIApp
 
 from ochat_serve import __version__
 from ochat_serve.caller import Caller, Key, LogContent, Role
@@ -28,6 +29,7 @@ from ochat_serve.request_log import Log, RequestRecord
 from ochat_serve.routes import chat, models, ops, usage
 from ochat_serve.routes.event_stream import OpenStreams
 from ochat_serve.routes.replies import on_api_error
+from ochat_serve.routes.uploads import Uploads
 from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings, is_loopback
 from ochat_serve.usage.ledger import UsageLedger
@@ -90,7 +92,7 @@ def create_app(
         middleware=_middleware(settings, writers, content, keys, serving.limits),
         servers=[{"url": settings.root_path}] if settings.root_path else None,
     )
-    app.include_router(chat.router(serving, streams, settings.max_body_bytes))
+    app.include_router(chat.router(serving, streams, Uploads(settings.max_body_bytes)))
     app.include_router(models.router(serving))
     app.include_router(ops.router(serving))
     app.include_router(usage.router(ledger, time.time))
@@ -119,6 +121,17 @@ def _anonymous(settings: Settings) -> Caller | None:
     return Caller(None, "admin" if is_loopback(settings.host) else "user")
 
 
+def cors(app: ASGIApp, settings: Settings) -> Cors:
+    return Cors(
+        app,
+        allow_origins=settings.allowed_origins,
+        allow_methods=settings.allowed_methods,
+        allow_headers=settings.allowed_headers,
+        allow_credentials=settings.allow_credentials,
+        expose_headers=EXPOSED_HEADERS,
+    )
+
+
 def _middleware(
     settings: Settings,
     writers: Sequence[Callable[[RequestRecord], None]],
@@ -127,19 +140,11 @@ def _middleware(
     limits: Limits,
 ) -> list[Middleware]:
     """From the outside in."""
-    cors = Middleware(
-        Cors,
-        allow_origins=settings.allowed_origins,
-        allow_methods=settings.allowed_methods,
-        allow_headers=settings.allowed_headers,
-        allow_credentials=settings.allow_credentials,
-        expose_headers=EXPOSED_HEADERS,
-    )
     checks_host = is_loopback(settings.host) and ANY not in settings.allowed_hosts
     gate = Gate(keys, FailedAttempts(time.monotonic), _anonymous(settings))
     return [
         Middleware(Gateway, trusted=settings.forwarded_allow_ips, root_path=settings.root_path),
-        *([cors] if settings.allowed_origins else []),
+        *([Middleware(cors, settings=settings)] if settings.allowed_origins else []),
         Middleware(
             Boundary,
             writers=writers,

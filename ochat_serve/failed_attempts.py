@@ -32,7 +32,7 @@ class FailedAttempts:
         """Raises ``RequestsLimited`` if this address must wait before its next new key."""
         if not self._left or (address, digest) in self._known:
             return
-        left = self._refilled(_network(address))
+        left = self._refilled(network_of(address))
         if left < 1:
             wait_s = int((1 - left) * REFILL_S) + 1
             raise RequestsLimited(
@@ -43,7 +43,7 @@ class FailedAttempts:
             )
 
     def failed(self, address: str) -> None:
-        network = _network(address)
+        network = network_of(address)
         self._left[network] = (self._refilled(network) - 1, self._clock())
         self._left.move_to_end(network)
         if len(self._left) > _MAX_ADDRESSES:
@@ -60,8 +60,8 @@ class FailedAttempts:
         return min(self._allowed, left + (self._clock() - then) / REFILL_S)
 
 
-def _network(address: str) -> str:
-    """One person's: all of the /64 that an IPv6 customer gets."""
+def network_of(address: str) -> str:
+    """One person's addresses: of IPv6 all of the /64 that an IPv6 customer gets."""
     if ":" not in address:
         return address
     try:

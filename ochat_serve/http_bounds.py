@@ -15,6 +15,8 @@ from typing import Any
 
 import h11
 
+from ochat_serve.setting_values import Network
+
 # As h11's own for what is incomplete; browsers and SDKs send less than 2 KiB.
 MAX_HEAD_BYTES = 16 * 1024
 # Clients and gateways send some twenty.
@@ -25,6 +27,9 @@ MAX_CHUNKS = 8_192
 MAX_PIPELINED_BYTES = 256 * 1024
 # The head of a request is one packet or two; whoever takes longer is no client.
 HEADER_TIMEOUT_S = 10
+# Of an answer that waits.  Fifty tokens a second are ten times as much in a stream, and the
+# slowest of mobile networks carry five times as much.
+MIN_READ_BYTES_PER_S = 1024
 # What the kernel holds of an answer that is not read: else megabytes per connection.
 _UNSENT_BYTES = 64 * 1024
 _TCP_NOTSENT_LOWAT = 25  # Python 3.11 does not name it
@@ -32,20 +37,22 @@ _TCP_NOTSENT_LOWAT = 25  # Python 3.11 does not name it
 
 @dataclass(frozen=True)
 class Bounds:
-    """Of each connection, in seconds; and how many there may be at once."""
+    """Of each connection, in seconds; and how many there may be at once.  ``gateways`` bring many
+    clients each."""
 
     header_timeout_s: float = HEADER_TIMEOUT_S
     read_timeout_s: float = 60
     write_timeout_s: float = 60
     max_connections: int = 4096
+    gateways: tuple[Network, ...] = ()
 
 
-class TooMuch(h11.RemoteProtocolError):
+class Refused(h11.RemoteProtocolError):
     """One sentence for the client; ``error_status_hint`` is its status."""
 
 
 class BoundedConnection(h11.Connection):
-    """h11's side of a connection.  Raises ``TooMuch`` where it has bounds that h11 has not."""
+    """h11's side of a connection.  Raises ``Refused`` where it has bounds that h11 has not."""
 
     def __init__(self) -> None:
         super().__init__(h11.SERVER, MAX_HEAD_BYTES)
@@ -59,20 +66,32 @@ class BoundedConnection(h11.Connection):
         elif type(event) is h11.Data and event.chunk_end:
             self._chunks += 1
             if self._chunks > MAX_CHUNKS:
-                raise TooMuch(f"The body comes in more than {MAX_CHUNKS} chunks.")
+                raise Refused(f"The body comes in more than {MAX_CHUNKS} chunks.")
         return event
 
 
 def _check_head(request: h11.Request) -> None:
     count = len(request.headers)
     if count > MAX_HEADERS:
-        raise TooMuch(f"The request has {count} headers; this server takes {MAX_HEADERS}.", 431)
+        raise Refused(f"The request has {count} headers; this server takes {MAX_HEADERS}.", 431)
     size = len(request.target) + sum(len(name) + len(value) for name, value in request.headers)
     if size > MAX_HEAD_BYTES:
-        raise TooMuch(
+        raise Refused(
             f"The request line and headers have {size} bytes; this server takes {MAX_HEAD_BYTES}.",
             431,
         )
+    _check_framing(request, {name for name, _ in request.headers})
+
+
+def _check_framing(request: h11.Request, names: set[bytes]) -> None:
+    """Where the body ends must be said once.  A gateway that believes the other header takes
+    the rest of one request for the next one (RFC 9112, 6.1)."""
+    if b"transfer-encoding" not in names:
+        return
+    if b"content-length" in names:
+        raise Refused("The request has both Transfer-Encoding and Content-Length.")
+    if request.http_version < b"1.1":
+        raise Refused("Transfer-Encoding is not in HTTP/1.0.")
 
 
 class Deadline:

@@ -7,7 +7,6 @@ bad bytes are answered inside a running stream.
 """
 
 import asyncio
-import json
 import logging
 import sys
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from typing import Any
 import h11
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
-from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol, RequestResponseCycle
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from ochat_serve.errors import (
     ApiError,
@@ -29,13 +28,16 @@ from ochat_serve.errors import (
 from ochat_serve.http_bounds import (
     MAX_HEAD_BYTES,
     MAX_PIPELINED_BYTES,
+    MIN_READ_BYTES_PER_S,
     BoundedConnection,
     Bounds,
     Deadline,
-    TooMuch,
+    Refused,
     drop,
     hold_little,
 )
+from ochat_serve.http_places import Places
+from ochat_serve.http_refusals import CorsHeaders, no_cors, response
 from ochat_serve.routes.connection import CONNECTION
 
 # Whatever comes at once is read in such pieces, so that h11's bound on what is incomplete holds
@@ -44,8 +46,9 @@ _PIECE = 16 * 1024
 _TOO_LARGE = (
     f"The request line and headers have more bytes than this server takes ({MAX_HEAD_BYTES})."
 )
-# uvicorn warns of every request that is no HTTP: lines that anybody can have written.
-_quiet = logging.getLogger("uvicorn.error.connections")
+# uvicorn warns of every request that is no HTTP: lines that anybody can have written.  Below its
+# own loggers levels are set anew with every configuration.
+_quiet = logging.getLogger(__name__)
 _quiet.setLevel(logging.ERROR)
 
 
@@ -53,10 +56,15 @@ class HttpProtocol(H11Protocol):
     """For ``uvicorn.Config(http=...)``, with bounds by ``HttpProtocol.within(bounds)``."""
 
     bounds = Bounds()
+    places = Places(bounds.max_connections, bounds.gateways)
+
+    cors: CorsHeaders = staticmethod(no_cors)
 
     @classmethod
-    def within(cls, bounds: Bounds) -> "type[HttpProtocol]":
-        return type(cls.__name__, (cls,), {"bounds": bounds})
+    def within(cls, bounds: Bounds, cors: CorsHeaders = no_cors) -> "type[HttpProtocol]":
+        places = Places(bounds.max_connections, bounds.gateways)
+        own = {"bounds": bounds, "places": places, "cors": staticmethod(cors)}
+        return type(cls.__name__, (cls,), own)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -66,6 +74,9 @@ class HttpProtocol(H11Protocol):
         self.app = self._with_connection
         self.resumed: Callable[[], None] | None = None
         self.lost: Callable[[], None] | None = None
+        self.refusal: ApiError | None = None
+        self._has_place = False
+        self._peer: str | None = None
         self._sender = Deadline(self.loop)
         self._reader = Deadline(self.loop)
         self._sending: Any = None  # h11's state of the client when its deadline was last looked at
@@ -84,21 +95,35 @@ class HttpProtocol(H11Protocol):
         hold_little(transport)
         if self.scheme == "https":  # TLS holds eight times as much for a slow reader
             transport.set_write_buffer_limits(high=HIGH_WATER_LIMIT)
-        if len(self.connections) > self.bounds.max_connections:
+        if self.enter(transport):
+            self._watch_sender()
+        else:
             self._refuse(
                 Unavailable(
-                    f"The server has {self.bounds.max_connections} connections, which is the most "
-                    "it takes. Please try again in a few seconds.",
+                    "The server has as many connections as it takes, in all or from your address. "
+                    "Please try again in a few seconds.",
                     code="overloaded",
                     retry_after_s=1,
                 )
             )
-        else:
-            self._watch_sender()
+
+    def enter(self, transport: asyncio.BaseTransport) -> bool:
+        """Whether the connection has a place; it has from the first time on."""
+        if not self._has_place:
+            name = transport.get_extra_info("peername")
+            self._peer = str(name[0]) if isinstance(name, tuple) else None
+            self._has_place = self.places.enter(self._peer)
+        return self._has_place
+
+    def leave(self) -> None:
+        if self._has_place:
+            self._has_place = False
+            self.places.leave(self._peer)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._sender.stop()
         self._reader.stop()
+        self.leave()
         super().connection_lost(exc)
         if self.lost is not None:
             self.lost()
@@ -158,20 +183,24 @@ class HttpProtocol(H11Protocol):
         super().on_response_complete()
         if self.transport.is_closing():
             self._watch_reader()
+        elif self.conn.their_state is not h11.IDLE:
+            self._watch_sender()  # a request that was sent ahead has its turn
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
         self._watch_reader()
 
     def _watch_reader(self) -> None:
-        """What waits to be written must get less in time: also after a polite close, which
-        waits for it."""
+        """What waits to be written must get less in time, by what the slowest reader takes of
+        it: also after a polite close, which waits for it."""
         waiting = self.transport.get_write_buffer_size()
         if waiting:
-            self._reader.start(self.bounds.write_timeout_s, partial(self._unread, waiting))
+            seconds = self.bounds.write_timeout_s
+            left = max(0, waiting - int(seconds * MIN_READ_BYTES_PER_S))
+            self._reader.start(seconds, partial(self._unread, left))
 
-    def _unread(self, before: int) -> None:
-        if self.transport.get_write_buffer_size() < before:
+    def _unread(self, most: int) -> None:
+        if self.transport.get_write_buffer_size() <= most:
             self._watch_reader()
         else:
             drop(self.transport)
@@ -182,9 +211,9 @@ class HttpProtocol(H11Protocol):
         """Called by uvicorn while it handles h11's error."""
         error = sys.exception()
         if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431:
-            given = str(error) if isinstance(error, TooMuch) else _TOO_LARGE
+            given = str(error) if isinstance(error, Refused) else _TOO_LARGE
             self._refuse(HeadersTooLarge(given))
-        elif isinstance(error, TooMuch):
+        elif isinstance(error, Refused):
             self._refuse(InvalidRequest(str(error)))
         else:  # h11's own words quote what was sent
             self._refuse(InvalidRequest(f"This is not HTTP as expected: {msg}"))
@@ -192,28 +221,22 @@ class HttpProtocol(H11Protocol):
     def _refuse(self, error: ApiError) -> None:
         """Answer, where no answer has begun; then close."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            self.transport.write(_response(error))
+            self.transport.write(response(error, self.cors(self._origin())))
+            self.refusal = error
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True  # the app must not answer, too
             self.cycle.message_event.set()
         self._close()
 
+    def _origin(self) -> str | None:
+        if self.cycle is None or self.cycle.response_complete:
+            return None
+        given = next((value for name, value in self.headers if name == b"origin"), None)
+        return None if given is None else given.decode("latin-1")
+
     def _close(self) -> None:
         self.transport.close()
         self._watch_reader()
-
-
-def _response(error: ApiError) -> bytes:
-    body = json.dumps(error.body()).encode()
-    headers = {
-        "content-type": "application/json",
-        "content-length": str(len(body)),
-        "connection": "close",
-        **error.headers,
-    }
-    head = b"HTTP/1.1 %d %b\r\n" % (error.status, STATUS_PHRASES[error.status])
-    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    return head + lines.encode() + b"\r\n" + body
 
 
 class H11Connection:
@@ -237,6 +260,10 @@ class H11Connection:
     def chunked(self) -> bool:
         version = self._protocol.conn.their_http_version
         return version is not None and version >= b"1.1"
+
+    @property
+    def refusal(self) -> ApiError | None:
+        return self._protocol.refusal
 
     def on_resume(self, resumed: Callable[[], None] | None) -> None:
         self._protocol.resumed = resumed

@@ -13,9 +13,10 @@ from collections.abc import Callable, MutableSequence
 
 import setproctitle
 import uvicorn
+from fastapi import FastAPI
 
 from ochat_serve import cli
-from ochat_serve.app import create_app
+from ochat_serve.app import cors, create_app
 from ochat_serve.cli import say
 from ochat_serve.clock import periods
 from ochat_serve.errors import StartupError
@@ -78,17 +79,13 @@ def serve(
     """One front end, with an engine of its own or a share in one, by ``loader.load`` or another."""
     serving = Serving(limits=open_limits(command.settings, ledger))
     certificate = open_certificate(command.settings)
+    key_file = open_key_file(command.settings)
+    app = create_app(command.settings, serving, log, key_file=key_file, ledger=ledger)
     server = HttpServer(
         uvicorn.Config(
-            create_app(
-                command.settings,
-                serving,
-                log,
-                key_file=open_key_file(command.settings),
-                ledger=ledger,
-            ),
+            app,
             loop="ochat_serve.event_loop:EventLoop",
-            http=HttpProtocol.within(bounds(command.settings)),
+            http=protocol(app, command.settings),
             access_log=False,
             log_level="warning",
             timeout_keep_alive=KEEP_ALIVE_TIMEOUT_S,
@@ -153,6 +150,10 @@ def _allow_many_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def protocol(app: FastAPI, settings: Settings) -> type[HttpProtocol]:
+    return HttpProtocol.within(bounds(settings), cors(app, settings).headers_for)
+
+
 def bounds(settings: Settings) -> Bounds:
     """Of each connection; of all together no more than there can be open files."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -164,6 +165,7 @@ def bounds(settings: Settings) -> Bounds:
         read_timeout_s=settings.read_timeout_s,
         write_timeout_s=settings.write_timeout_s,
         max_connections=most,
+        gateways=settings.forwarded_allow_ips,
     )
 
 

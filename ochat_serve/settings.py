@@ -108,7 +108,8 @@ class Settings(BaseModel):
         60,
         gt=0,
         le=3600,
-        description="Seconds after which a client that reads nothing of its answer is dropped.",
+        description="Seconds after which a client is dropped that has read nothing of an answer "
+        "that waits for it, or less than 1 KiB a second.",
     )
     strict_parameters: bool = Field(
         False,

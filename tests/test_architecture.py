@@ -27,6 +27,7 @@ LAYERS = (
         "key_ring",
         "failed_attempts",
         "remembered",
+        "shares",
         "detokenizing",
         "token_bytes",
         "request_log",
@@ -46,6 +47,8 @@ LAYERS = (
         "loader",
         "http_protocol",
         "http_bounds",
+        "http_places",
+        "http_refusals",
         "http_server",
         "usage_db",
         "cli",
@@ -81,7 +84,7 @@ ONLY_IN = {
     "redis": {"redis_limits"},
     "argparse": {"cli", "keys"},
     "psycopg": {"usage"},
-    "uvicorn": {"server", "http_protocol", "http_server"},
+    "uvicorn": {"server", "http_protocol", "http_refusals", "http_server"},
 }
 MAY_READ_ENVIRONMENT = {L2, L5}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv"}

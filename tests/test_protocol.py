@@ -11,9 +11,11 @@ import pytest
 from fastapi import Request
 from pydantic import ValidationError
 
+from ochat_serve.caller import Caller
 from ochat_serve.errors import InvalidRequest
 from ochat_serve.protocol.chat import ChatCompletionRequest
 from ochat_serve.routes.body import invalid_request, read_json
+from ochat_serve.routes.uploads import Uploads
 
 MESSAGES = '"messages":[{"role":"user","content":"hi"}]'
 BIG = str(2**63)
@@ -303,10 +305,12 @@ async def read(body: bytes) -> ChatCompletionRequest:
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": body, "more_body": False}
 
-    request = Request(
-        {"type": "http", "headers": [(b"content-type", b"application/json")]}, receive
-    )
-    return await read_json(request, ChatCompletionRequest, 1_000_000)
+    scope = {
+        "type": "http",
+        "headers": [(b"content-type", b"application/json")],
+        "state": {"caller": Caller("alice")},
+    }
+    return await read_json(Request(scope, receive), ChatCompletionRequest, Uploads(1_000_000))
 
 
 @pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "[1, NaN]", '{"a": Infinity}'])

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ochat_serve.caller import LogContent
 from ochat_serve.errors import ServerFault
 from ochat_serve.request_log import RequestRecord, outcome_of
+from ochat_serve.routes.connection import Connection, connection_of
 from ochat_serve.routes.replies import error_response, header
 from ochat_serve.streaming import error_event
 
@@ -68,8 +69,7 @@ class Boundary:
         try:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
-            if record.error is None:  # else it had failed before the client left
-                record.outcome = "abandoned"
+            _left(record, connection_of(scope))
         except asyncio.CancelledError:
             record.outcome = record.outcome or "shutdown"  # nothing else cancels a request
             raise
@@ -107,3 +107,12 @@ class Boundary:
         if record.path.startswith(_LOGGED_PREFIX):
             for write in self._writers:
                 write(record)
+
+
+def _left(record: RequestRecord, connection: Connection | None) -> None:
+    """The client has left, or was sent away by the connection itself."""
+    refusal = connection.refusal if connection is not None else None
+    if refusal is not None and record.status is None:
+        record.status, record.error = refusal.status, refusal.code or refusal.type
+    elif record.error is None:  # else it had failed before
+        record.outcome = "abandoned"

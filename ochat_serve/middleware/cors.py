@@ -20,3 +20,14 @@ class Cors(CORSMiddleware):
             if name in answer.headers:
                 refused.headers[name] = answer.headers[name]
         return refused
+
+    def headers_for(self, origin: str | None) -> dict[str, str]:
+        """For an answer that does not come from the app.  None is an origin that is not known,
+        because no request was read: then it can only be the one that is allowed."""
+        if self.allow_all_origins:
+            return dict(self.simple_headers)
+        if origin is None and len(self.allow_origins) == 1:
+            (origin,) = self.allow_origins
+        if origin is None or not self.is_allowed_origin(origin):
+            return {}
+        return {**self.simple_headers, "Access-Control-Allow-Origin": origin, "Vary": "Origin"}

@@ -9,8 +9,10 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
-from ochat_serve.errors import BodyTooLarge, InvalidRequest, UnsupportedMediaType, shortened
+from ochat_serve.errors import InvalidRequest, UnsupportedMediaType, shortened
 from ochat_serve.routes.json_bounds import MAX_DEPTH, check_values
+from ochat_serve.routes.replies import caller_of
+from ochat_serve.routes.uploads import Upload, Uploads
 
 Model = TypeVar("Model", bound=BaseModel)
 _MAX_MESSAGE_CHARS = 300
@@ -26,13 +28,14 @@ _GIVEN: dict[str, Callable[[Any], int | float]] = {
 _NOT_JSON = (b"NaN", b"Infinity")
 
 
-async def read_json(request: Request, model: type[Model], max_bytes: int) -> Model:
-    """The body as ``model``.  Raises 413, 415 or 400 as ``ApiError``."""
+async def read_json(request: Request, model: type[Model], uploads: Uploads) -> Model:
+    """The body as ``model``.  Raises 413, 415, 503 or 400 as ``ApiError``."""
     _check_content_type(request)
-    body = await _read(request, max_bytes)
-    if len(body) <= _INLINE_BYTES:
-        return _parse(body, model)
-    return await asyncio.to_thread(_parse, body, model)
+    with Upload(uploads, _sender(request)) as upload:
+        body = await _read(request, upload)
+        if len(body) <= _INLINE_BYTES:
+            return _parse(body, model)
+        return await asyncio.to_thread(_parse, body, model)
 
 
 def _parse(body: bytes, model: type[Model]) -> Model:
@@ -70,23 +73,19 @@ def _check_content_type(request: Request) -> None:
     # A missing type is refused too: a web page elsewhere can send such a body without asking.
 
 
-async def _read(request: Request, max_bytes: int) -> bytes:
-    chunks: list[bytes] = []
-    size = 0
+async def _read(request: Request, upload: Upload) -> bytes:
     async for chunk in request.stream():
-        size += len(chunk)
-        if size <= max_bytes:
-            chunks.append(chunk)
-        elif size > max_bytes + _MAX_DROPPED:
+        upload.add(chunk)
+        if upload.refusal is not None and upload.size > _MAX_DROPPED:
             break
-    if size > max_bytes:
-        # Said after the rest was read and dropped: closing on unread input would reset the
-        # connection, and the client would never see the answer.
-        raise BodyTooLarge(
-            f"The request body is larger than this server accepts ({max_bytes} bytes).",
-            headers={"connection": "close"},
-        )
-    return b"".join(chunks)
+    # A refusal is said after the rest was read and dropped: closing on unread input would reset
+    # the connection, and the client would never see the answer.
+    return upload.whole()
+
+
+def _sender(request: Request) -> str | None:
+    """The key; where there are none, the address."""
+    return caller_of(request).name or (request.client.host if request.client else None)
 
 
 def invalid_request(error: ValidationError) -> InvalidRequest:

@@ -11,6 +11,7 @@ from ochat_serve.routes.body import read_json
 from ochat_serve.routes.connection import until_disconnect
 from ochat_serve.routes.event_stream import EventStream, OpenStreams
 from ochat_serve.routes.replies import caller_of, record_of, timeout_of
+from ochat_serve.routes.uploads import Uploads
 from ochat_serve.serving import Serving
 
 
@@ -23,14 +24,14 @@ class PlainRoute(APIRoute):
         self.app = request_response(self.endpoint)
 
 
-def router(serving: Serving, streams: OpenStreams, max_body_bytes: int) -> APIRouter:
+def router(serving: Serving, streams: OpenStreams, uploads: Uploads) -> APIRouter:
     routes = APIRouter(route_class=PlainRoute)
 
     @routes.post("/v1/chat/completions")
     async def create_chat_completion(request: Request) -> Response:
         """Answer a conversation, as one body or as a stream of events."""
         service = serving.require_chat()
-        body = await read_json(request, ChatCompletionRequest, max_body_bytes)
+        body = await read_json(request, ChatCompletionRequest, uploads)
         chat = await service.prepare(
             body, record_of(request), caller_of(request), timeout_of(request.scope)
         )

@@ -12,6 +12,8 @@ from typing import Protocol
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
+from ochat_serve.errors import ApiError
+
 # The key in an ASGI scope's "extensions".
 CONNECTION = "ochat_serve.connection"
 
@@ -27,6 +29,11 @@ class Connection(Protocol):
     @property
     def chunked(self) -> bool:
         """Whether ``write`` may be used once the response has begun."""
+        ...
+
+    @property
+    def refusal(self) -> ApiError | None:
+        """What the request was answered with, beside the app, before its body had come whole."""
         ...
 
     def on_resume(self, resumed: Callable[[], None] | None) -> None:

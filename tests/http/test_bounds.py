@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import uvloop
 
-from ochat_serve import server
+from ochat_serve import http_protocol, server
 from ochat_serve.app import create_app
 from ochat_serve.generation import Delta, Update
 from ochat_serve.http_bounds import MAX_CHUNKS, MAX_HEAD_BYTES, MAX_HEADERS, Bounds, Deadline
+from ochat_serve.http_places import FOR_THIS_MACHINE
 from ochat_serve.http_protocol import HttpProtocol
 from ochat_serve.request_log import RequestRecord
 from ochat_serve.settings import Settings
@@ -156,6 +157,22 @@ def test_headers_after_a_body_are_bounded(usual: LiveServer) -> None:
         assert refusal(client)[0] == 431
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"POST /livez HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n",
+        b"POST /livez HTTP/1.1\r\nHost: a\r\ntransfer-encoding: chunked\r\ncontent-length: 0\r\n",
+        b"POST /livez HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n",
+    ],
+    ids=["both", "both, lower", "HTTP/1.0"],
+)
+def test_where_a_body_ends_is_said_once(usual: LiveServer, head: bytes) -> None:
+    """Else a gateway and this server can see different requests in the same bytes."""
+    status, error = answer(usual.port, head + b"\r\n0\r\n\r\n" + LIVEZ + b"\r\n")
+    assert (status, error["type"]) == (400, "invalid_request_error")
+    assert "Transfer-Encoding" in str(error["message"])
+
+
 def test_bad_bytes_after_an_answer_only_close_the_connection(usual: LiveServer) -> None:
     """The body of a request that was answered without being read."""
     with RawClient(usual.port) as client:
@@ -163,6 +180,30 @@ def test_bad_bytes_after_an_answer_only_close_the_connection(usual: LiveServer) 
         client.read_until(b"}}")
         client.send(b"this is no chunk\r\n")
         assert everything(client).count(b"HTTP/1.1") == 1
+
+
+def test_what_is_no_http_writes_no_line(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else anybody fills the terminal."""
+    with bounded(Bounds()) as (running, _):  # from here on uvicorn's loggers are configured
+        assert answer(running.port, b"this is no HTTP\r\n\r\n")[0] == 400
+        offer = b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
+        with RawClient(running.port) as client:
+            client.send(LIVEZ + offer)
+            client.read_until(b"alive")
+    assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
+
+
+def test_a_bug_behind_the_protocol_is_shown(caplog: pytest.LogCaptureFixture) -> None:
+    async def broken(scope: object, receive: object, send: object) -> None:
+        raise RuntimeError("this is the bug")
+
+    with live(broken, HttpProtocol) as running, RawClient(running.port) as client:
+        client.send(LIVEZ + b"\r\n")
+        assert client.read_until(b"Error").startswith(b"HTTP/1.1 500")
+    assert "this is the bug" in caplog.text
 
 
 def test_another_protocol_is_not_switched_to(usual: LiveServer) -> None:
@@ -187,6 +228,13 @@ def test_a_head_that_comes_too_slowly_is_408(quick: LiveServer, begun: bytes) ->
     assert head.startswith(b"408 Request Timeout\r\n")
     error = json.loads(body)["error"]
     assert (error["type"], error["code"]) == ("invalid_request_error", "request_timeout")
+
+
+def test_a_body_that_was_announced_ahead_must_come_in_time_as_well(quick: LiveServer) -> None:
+    """Its head came with the request before it, so no byte of its own starts its clock."""
+    with RawClient(quick.port) as client:
+        client.send(LIVEZ + b"\r\n" + POST + b"Content-Length: 50\r\n\r\n")
+        assert b"HTTP/1.1 408" in everything(client)
 
 
 def drips(client: RawClient, piece: bytes) -> bool:
@@ -221,8 +269,24 @@ def test_a_body_that_comes_too_slowly_is_408_and_reaches_no_engine() -> None:
         assert eventually(lambda: records)
     assert (status, error["code"]) == (408, "request_timeout")
     assert "0.4 seconds" in str(error["message"])
-    assert (records[0].outcome, records[0].status) == ("abandoned", None)
     assert engine.requests == []
+    assert (records[0].outcome, records[0].status) == ("timeout", 408)
+    assert records[0].error == "request_timeout"
+
+
+def test_a_body_that_is_refused_half_way_is_logged_as_it_was_answered() -> None:
+    with bounded(Bounds()) as (running, records):
+        bad = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+        assert answer(running.port, bad + b"this is no chunk\r\n")[0] == 400
+        with RawClient(running.port) as client:
+            client.send(bad)
+            assert eventually(lambda: running.connections == 1)
+            client.hang_up()
+            assert eventually(lambda: len(records) == 2)
+    assert [(each.outcome, each.status, each.error) for each in records] == [
+        ("rejected", 400, "invalid_request_error"),
+        ("abandoned", None, None),
+    ]
 
 
 def test_a_body_that_nobody_reads_must_end_as_well(quick: LiveServer) -> None:
@@ -323,6 +387,31 @@ def test_a_slow_reader_that_reads_is_not_dropped(loop: Loop) -> None:
 
 
 @LOOPS
+@pytest.mark.parametrize("enough", [True, False], ids=["enough", "too little"])
+def test_what_is_read_of_a_whole_answer_must_be_enough(
+    loop: Loop, enough: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else some bytes a minute hold a connection and its answer for days."""
+    pieces = 80
+    if not enough:
+        monkeypatch.setattr(http_protocol, "MIN_READ_BYTES_PER_S", 2**30)
+    engine = ScriptedEngine(script=words(*[PIECE] * pieces))
+    with (
+        bounded(QUICK, engine, loop) as (running, _),
+        RawClient(running.port, receive_buffer=4_096) as client,
+    ):
+        client.post(CHAT, json.dumps(ASK).encode())
+        dropped = False
+        while b'"usage"' not in client.received[-8_192:] and not dropped:
+            try:
+                client.received += client._socket.recv(8_192)
+            except ConnectionResetError:
+                dropped = True
+            time.sleep(0.02)
+    assert dropped is not enough
+
+
+@LOOPS
 def test_the_kernel_holds_little_of_what_is_not_read(loop: Loop) -> None:
     """Else it takes megabytes, which count for nobody."""
     script = [Update([Delta(0, PIECE, 1)]) for _ in range(2_000)]
@@ -351,10 +440,11 @@ async def test_a_deadline_that_runs_is_not_put_off() -> None:
 
 
 def test_more_connections_than_the_most_are_503() -> None:
+    most = 3 + FOR_THIS_MACHINE
     with bounded(Bounds(max_connections=3)) as (running, _):
         with contextlib.ExitStack() as held:
-            clients = [held.enter_context(RawClient(running.port)) for _ in range(3)]
-            assert eventually(lambda: running.connections == 3)
+            clients = [held.enter_context(RawClient(running.port)) for _ in range(most)]
+            assert eventually(lambda: running.connections == most)
             with RawClient(running.port) as another:
                 status, error = refusal(another)
             assert (status, error["code"]) == (503, "overloaded")
@@ -368,7 +458,7 @@ def test_more_connections_than_the_most_are_503() -> None:
 
 def test_the_settings_become_the_bounds() -> None:
     settings = Settings(read_timeout_s=5, write_timeout_s=7, max_connections=9)
-    assert server.bounds(settings) == Bounds(5, 5, 7, 9)
+    assert server.bounds(settings) == Bounds(5, 5, 7, 9, settings.forwarded_allow_ips)
     assert server.bounds(Settings()).header_timeout_s == 10
 
 
