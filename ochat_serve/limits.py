@@ -4,9 +4,8 @@ Tokens are reserved before a request begins (its prompt and the longest answer i
 settled at its end, so requests that run at the same time cannot use the same tokens twice.
 """
 
-import asyncio
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -28,6 +27,8 @@ class Period:
 
 
 Periods = Callable[[float], tuple[Period, Period]]  # Unix seconds -> the day, the month
+# key, day or month -> tokens that were used in it; raises ``ApiError``
+UsedBefore = Callable[[str, str], Awaitable[int]]
 
 
 @dataclass(eq=False, slots=True)
@@ -85,20 +86,20 @@ class _Use:
     periods: dict[str, int] = field(default_factory=dict)
 
 
-def no_use_before(key: str, period: str) -> int:
+async def no_use_before(key: str, period: str) -> int:
     """Where nothing is known of what came before."""
     return 0
 
 
 class MemoryLimits:
     """``Limits`` of one process.  ``now`` gives Unix seconds; ``used_before`` the tokens that a key
-    has used in a day or month before this process began (it may block, and raise ``ApiError``)."""
+    has used in a day or month before this process began."""
 
     def __init__(
         self,
         now: Callable[[], float],
         periods: Periods,
-        used_before: Callable[[str, str], int] = no_use_before,
+        used_before: UsedBefore = no_use_before,
     ) -> None:
         self._now = now
         self._periods = periods
@@ -174,7 +175,7 @@ class MemoryLimits:
         for period, quota in zip(periods, quotas(caller), strict=True):
             if quota is not None and period.name not in use.periods:
                 assert caller.name is not None
-                used = await asyncio.to_thread(self._used_before, caller.name, period.name)
+                used = await self._used_before(caller.name, period.name)
                 use.periods.setdefault(period.name, used)
 
     def _count(

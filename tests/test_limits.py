@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
 import pytest
@@ -10,7 +10,7 @@ import pytest
 from ochat_serve.caller import Caller, KeyLimits
 from ochat_serve.clock import periods
 from ochat_serve.errors import ApiError, QuotaExceeded, RequestsLimited, TokensLimited
-from ochat_serve.limits import Limits, MemoryLimits, headers
+from ochat_serve.limits import Limits, MemoryLimits, UsedBefore, headers, no_use_before
 from ochat_serve.redis_limits import RedisLimits
 
 LEASE_S = 600.0
@@ -41,7 +41,7 @@ class Place:
         self._url = url
         self._opened: list[Limits] = []
 
-    def open(self, used_before: Callable[[str, str], int] = lambda key, period: 0) -> Limits:
+    def open(self, used_before: UsedBefore = no_use_before) -> Limits:
         limits: Limits
         if self._url is None:
             limits = MemoryLimits(self._clock, periods, used_before)
@@ -195,7 +195,11 @@ async def test_what_began_yesterday_counts_for_yesterday(limits: Limits, clock: 
 
 async def test_quotas_go_on_where_the_ledger_stood(place: Place) -> None:
     used = {"2026-02-27": 95, "2026-02": 95}
-    limits = place.open(lambda name, period: used[period])
+
+    async def used_before(name: str, period: str) -> int:
+        return used[period]
+
+    limits = place.open(used_before)
     caller = key(tokens_per_day=100, tokens_per_month=1_000)
     await limits.settle((await limits.reserve(caller, 50))[0], 5)
     with pytest.raises(QuotaExceeded):

@@ -15,6 +15,7 @@ from ochat_serve.limits import (
     Period,
     Periods,
     Reservation,
+    UsedBefore,
     headers,
     no_use_before,
     parallel_limited,
@@ -46,7 +47,7 @@ class RedisLimits:
         *,
         lease_s: float,
         clock: Callable[[], float] | None = None,
-        used_before: Callable[[str, str], int] = no_use_before,
+        used_before: UsedBefore = no_use_before,
     ) -> None:
         self._link = Link(url)
         self._periods = periods
@@ -129,7 +130,7 @@ class RedisLimits:
             used: Argument = ""
             if asks:
                 assert caller.name is not None
-                used = await asyncio.to_thread(self._used_before, caller.name, period.name)
+                used = await self._used_before(caller.name, period.name)
             terms += [quota, math.ceil(period.ends - now) + _KEPT_S, used]
         return terms
 

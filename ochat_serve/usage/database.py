@@ -3,6 +3,7 @@
 Several processes may have one database open; every row is added to where it lies.
 """
 
+import math
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ _CHECK = f"UPDATE {TABLE} SET requests = requests WHERE 1 = 0"
 # How long another process's transaction is waited for; they take milliseconds.
 BUSY_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 5
+STATEMENT_TIMEOUT_S = 5.0
 _FILE_MODE = 0o600
 _CREATE_LOCK = 0x6F636861745F75  # "ochat_u": any number that nobody else locks
 
@@ -49,15 +51,20 @@ class Database:
     """Connects when it is first needed, and again after an error.  One thread at a time.
 
     ``connect`` gives a connection on which the table exists; ``mark`` is how its statements
-    name a value; ``failures`` is what it raises.
+    name a value; ``failures`` is what it raises; ``first`` is done first in each transaction.
     """
 
     def __init__(
-        self, connect: Callable[[], Connection], mark: str, failures: tuple[type[Exception], ...]
+        self,
+        connect: Callable[[], Connection],
+        mark: str,
+        failures: tuple[type[Exception], ...],
+        first: str | None = None,
     ) -> None:
         self._connect = connect
         self._mark = mark
         self._failures = failures
+        self._first = first
         self._connection: Connection | None = None
 
     def check(self) -> None:
@@ -96,7 +103,10 @@ class Database:
         try:
             if self._connection is None:
                 self._connection = self._connect()
-            yield self._connection.cursor()
+            cursor = self._connection.cursor()
+            if self._first is not None:
+                cursor.execute(self._first)
+            yield cursor
             self._connection.commit()
         except self._failures as error:
             self.close()  # and with it the transaction
@@ -129,7 +139,7 @@ def sqlite_database(path: str, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> Dat
     return Database(connect, "?", (sqlite3.Error, OSError))
 
 
-def postgres_database(url: str) -> Database:
+def postgres_database(url: str, *, statement_timeout_s: float = STATEMENT_TIMEOUT_S) -> Database:
     """By a libpq address.  Raises ``DatabaseError`` if it is none, ``ImportError`` where psycopg 3
     is not installed."""
     import psycopg
@@ -141,18 +151,20 @@ def postgres_database(url: str) -> Database:
         "application_name": "ochat_serve",
     }
     options = patience | _parsed(url)
+    # In each transaction, not in the address: poolers refuse it there, and mix up sessions.
+    first = f"SET LOCAL statement_timeout = {math.ceil(1_000 * statement_timeout_s)}"
 
     def connect() -> Connection:
         # No prepared statements: poolers such as PgBouncer lose them.
         connection = psycopg.connect(**options, prepare_threshold=None)
         try:
-            _create_once(connection)
+            _create_once(connection, first)
         except psycopg.Error:
             connection.close()
             raise
         return connection
 
-    return Database(connect, "%s", (psycopg.Error, OSError))
+    return Database(connect, "%s", (psycopg.Error, OSError), first)
 
 
 def _parsed(url: str) -> dict[str, Any]:
@@ -165,10 +177,11 @@ def _parsed(url: str) -> dict[str, Any]:
     raise DatabaseError("it is not an address that libpq understands")
 
 
-def _create_once(connection: Any) -> None:
+def _create_once(connection: Any, first: str) -> None:
     """Two that create a table at once get in each other's way, even IF NOT EXISTS; and whoever
     may not create one can still use one that is there."""
     with connection.transaction(), connection.cursor() as cursor:
+        cursor.execute(first)
         cursor.execute("SELECT pg_advisory_xact_lock(%s)", (_CREATE_LOCK,))
         cursor.execute("SELECT to_regclass(%s)", (TABLE,))
         if cursor.fetchone() == (None,):

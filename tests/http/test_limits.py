@@ -1,7 +1,9 @@
 """Limits of a key, as its clients see them."""
 
 import json
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -16,8 +18,10 @@ from ochat_serve.key_file import KeyFile
 from ochat_serve.limits import MemoryLimits
 from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings
+from ochat_serve.usage.counters import Row
 from ochat_serve.usage.database import sqlite_database
 from ochat_serve.usage.ledger import UsageLedger
+from ochat_serve.usage.reader import LedgerReader
 from ochat_serve.usage_db import used_before
 from tests.fakes import ScriptedEngine, Wait, service, words
 from tests.live import LiveServer, RawClient, eventually, live
@@ -33,15 +37,15 @@ class Limited:
     def __init__(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self._file = str(tmp_path / "keys.json")
         self._capsys = capsys
+        self._keys: dict[str, str] = {}
         info = EngineInfo(max_model_len=1_000, vocab_size=1_000, version="0")
         self.engine = ScriptedEngine(info=info)
 
     def start(
         self, limits: str, serving: Serving | None = None, ledger: UsageLedger | None = None
     ) -> AbstractContextManager[LiveServer]:
-        if not Path(self._file).exists():
-            assert keys.main(["--key-file", self._file, "add", "alice", *limits.split()]) == 0
-            self.key = self._capsys.readouterr().out.strip()
+        if "alice" not in self._keys:
+            self.add("alice", limits)
         settings = Settings(key_file=self._file)
         self.serving = serving or Serving()
         self.serving.chat = service(self.engine, settings, limits=self.serving.limits)
@@ -51,12 +55,21 @@ class Limited:
             closing=(ledger,) if ledger else (),
         )
 
+    def add(self, name: str, limits: str = "") -> None:
+        assert keys.main(["--key-file", self._file, "add", name, *limits.split()]) == 0
+        self._keys[name] = self._capsys.readouterr().out.strip()
+
+    @property
+    def key(self) -> str:
+        return self._keys["alice"]
+
     @property
     def headers(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.key}"}
 
-    def ask(self, server: LiveServer, **fields: object) -> httpx.Response:
-        return httpx.post(server.url + CHAT, json={**ASK, **fields}, headers=self.headers)
+    def ask(self, server: LiveServer, key: str = "alice", **fields: object) -> httpx.Response:
+        headers = {"authorization": f"Bearer {self._keys[key]}"}
+        return httpx.post(server.url + CHAT, json={**ASK, **fields}, headers=headers, timeout=20)
 
 
 @pytest.fixture
@@ -172,7 +185,8 @@ def test_a_quota_goes_on_where_the_ledger_stands(
     statuses = []
     for _ in range(3):
         ledger = UsageLedger(sqlite_database(place), anonymous=False)
-        serving = Serving(limits=MemoryLimits(time.time, periods, used_before(ledger)))
+        used = used_before(LedgerReader(ledger))
+        serving = Serving(limits=MemoryLimits(time.time, periods, used))
         with limited.start("--tokens-per-day 9", serving, ledger) as server:
             statuses.append(limited.ask(server).status_code)
     assert statuses == [200, 200, 429]
@@ -185,3 +199,32 @@ def test_equal_choices_count_as_often_as_they_are_sent(limited: Limited) -> None
         assert answer.status_code == 200
         assert answer.headers["x-ratelimit-remaining-tokens"] == str(1000 - 3 - 8 * 100)
         assert limited.serving.chat.admission.running == 0
+
+
+class Hanging:
+    """A ledger whose database gives no answer until it may."""
+
+    def __init__(self) -> None:
+        self.may_answer = threading.Event()
+
+    def read(self, *question: object) -> list[Row]:
+        self.may_answer.wait(30)
+        return []
+
+
+def test_a_usage_database_that_hangs_is_told_and_stops_nobody_else(limited: Limited) -> None:
+    """More requests wait for it than the event loop has threads; a long body needs one."""
+    ledger = Hanging()
+    used = used_before(LedgerReader(ledger, timeout_s=0.5))
+    serving = Serving(limits=MemoryLimits(time.time, periods, used))
+    limited.add("bob")
+    with limited.start("--tokens-per-day 1000", serving) as server:
+        with ThreadPoolExecutor(40) as clients:
+            asking = [clients.submit(limited.ask, server) for _ in range(40)]
+            long = {"messages": [{"role": "user", "content": "x" * 300_000}]}
+            assert limited.ask(server, key="bob", **long).status_code == 200
+            refused = [each.result() for each in asking]
+        assert {code(answer) for answer in refused} == {(503, "server_error", "usage_unavailable")}
+        assert {answer.headers["retry-after"] for answer in refused} == {"5"}
+        ledger.may_answer.set()
+        assert eventually(lambda: limited.ask(server).status_code == 200)

@@ -194,6 +194,31 @@ def test_what_is_lost_at_the_end_is_said(tmp_path: Path, caplog: pytest.LogCaptu
     assert "usage of 2 requests" in caplog.records[-1].getMessage()
 
 
+def test_a_database_that_hangs_does_not_keep_the_server_from_ending(
+    file: Path, caplog: pytest.LogCaptureFixture
+):
+    writing, may_end = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        writing.set()
+        may_end.wait()
+
+    ledger = UsageLedger(
+        Interrupted(file, hang),
+        anonymous=False,
+        flush_interval_s=AT_ONCE_S,
+        close_timeout_s=0.05,
+    )
+    ledger.add(request())
+    assert writing.wait(5)
+    ledger.add(request("b"))
+    ledger.close()
+    assert "usage of 2 requests" in caplog.records[-1].getMessage()
+    may_end.set()
+    assert eventually(lambda: not ledger._thread.is_alive())
+    ledger.close()  # now that it can be
+
+
 class Interrupted:
     """A database that, once, is busy writing when something else happens."""
 
