@@ -119,9 +119,8 @@ class MemoryLimits:
         return headers("requests", limit, bucket.level)
 
     async def reserve(self, caller: Caller, tokens: int) -> tuple[Reservation, Mapping[str, str]]:
-        now = self._now()
-        use, limits, periods = self._of(caller, now), caller.limits, self._periods(now)
-        await self._learn(use, caller, periods)
+        use, limits = self._of(caller, self._now()), caller.limits
+        now, periods = await self._learn(use, caller)
         if limits.parallel_requests is not None and use.parallel >= limits.parallel_requests:
             raise parallel_limited(caller, limits.parallel_requests)
         for period, quota in zip(periods, quotas(caller), strict=True):
@@ -136,7 +135,7 @@ class MemoryLimits:
             tokens = min(tokens, limits.tokens_per_minute)
             told = self._take(caller, use, tokens, limits.tokens_per_minute, now)
         use.parallel += 1
-        self._count(use, periods, caller, tokens)
+        _count(use, periods, tokens)
         return Reservation(caller, tokens, periods), told
 
     async def settle(self, reservation: Reservation, tokens: int) -> None:
@@ -147,7 +146,7 @@ class MemoryLimits:
         if limit is not None:  # else nothing was taken from the bucket
             use.tokens.available(limit, now)
             use.tokens.level += reservation.tokens - tokens
-        self._count(use, reservation.periods, reservation.caller, tokens - reservation.tokens)
+        _count(use, reservation.periods, tokens - reservation.tokens)
 
     async def close(self) -> None:
         pass
@@ -170,26 +169,35 @@ class MemoryLimits:
         use.tokens.level -= tokens
         return headers("tokens", limit, use.tokens.level)
 
-    async def _learn(self, use: _Use, caller: Caller, periods: tuple[Period, Period]) -> None:
-        """What was used before, once a period."""
-        for period, quota in zip(periods, quotas(caller), strict=True):
-            if quota is not None and period.name not in use.periods:
-                assert caller.name is not None
-                used = await self._used_before(caller.name, period.name)
-                use.periods.setdefault(period.name, used)
+    async def _learn(self, use: _Use, caller: Caller) -> tuple[float, tuple[Period, Period]]:
+        """What was used before, once a period.  The time, and its day and month, whose counters
+        are there: while the ledger was asked another day may have begun."""
+        assert caller.name is not None
+        while True:
+            now = self._now()
+            periods = self._periods(now)
+            wanted = [
+                period.name
+                for period, quota in zip(periods, quotas(caller), strict=True)
+                if quota is not None
+            ]
+            unknown = [name for name in wanted if name not in use.periods]
+            if not unknown:
+                break
+            for name in unknown:
+                used = await self._used_before(caller.name, name)
+                use.periods.setdefault(name, used)
+        if len(use.periods) > len(periods):  # yesterday's, and last month's
+            names = (period.name for period in periods)
+            use.periods = {name: use.periods[name] for name in names if name in use.periods}
+        return now, periods
 
-    def _count(
-        self, use: _Use, periods: tuple[Period, Period], caller: Caller, tokens: int
-    ) -> None:
-        for period, quota in zip(periods, quotas(caller), strict=True):
-            if quota is not None:
-                use.periods[period.name] = use.periods.get(period.name, 0) + tokens
-        if len(use.periods) > 4:  # yesterday's, and last month's
-            use.periods = {
-                period.name: use.periods[period.name]
-                for period in periods
-                if period.name in use.periods
-            }
+
+def _count(use: _Use, periods: tuple[Period, Period], tokens: int) -> None:
+    """In those counters that are there: one that is begun here would lack what was before."""
+    for period in periods:
+        if period.name in use.periods:
+            use.periods[period.name] += tokens
 
 
 def quotas(caller: Caller) -> tuple[int | None, int | None]:

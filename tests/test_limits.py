@@ -206,6 +206,53 @@ async def test_quotas_go_on_where_the_ledger_stood(place: Place) -> None:
         await limits.reserve(caller, 1)
 
 
+async def test_a_month_that_begins_while_the_ledger_is_asked(place: Place, clock: Clock) -> None:
+    """And a request of the last one ends meanwhile: nobody's counter is dropped."""
+    asked, answers = asyncio.Event(), asyncio.Event()
+
+    async def used_before(name: str, period: str) -> int:
+        if period == "2026-03":
+            asked.set()
+            await answers.wait()
+        return 40
+
+    limits = place.open(used_before)
+    caller = key(tokens_per_day=100, tokens_per_month=1_000)
+    clock.now -= 24 * 3_600
+    for _ in range(3):  # the 26th to the 28th
+        late, _ = await limits.reserve(caller, 10)
+        clock.now += 24 * 3_600
+    begun = [asyncio.create_task(limits.reserve(caller, 25)) for _ in range(2)]
+    await asked.wait()
+    await limits.settle(late, 5)
+    answers.set()
+    held = [tokens.tokens for tokens, _ in await asyncio.gather(*begun)]
+    assert held == [25, 25]
+    last, _ = await limits.reserve(caller, 25)
+    assert last.tokens == 10, "of the 100, 40 were used before"
+    assert (await limits.reserve(key(tokens_per_month=1_000), 2_000))[0].tokens == 900
+
+
+async def test_midnight_comes_while_the_ledger_is_asked(clock: Clock) -> None:
+    async def used_before(name: str, period: str) -> int:
+        if period == "2026-02-27":
+            clock.now += 24 * 3_600
+        return {"2026-02-27": 100, "2026-02-28": 30}[period]
+
+    limits = MemoryLimits(clock, periods, used_before)
+    held, _ = await limits.reserve(key(tokens_per_day=100), 1_000)
+    assert (held.tokens, held.periods[0].name) == (70, "2026-02-28")
+
+
+async def test_only_todays_counters_are_kept(clock: Clock) -> None:
+    limits, caller = MemoryLimits(clock, periods), key(tokens_per_day=100, tokens_per_month=9_000)
+    for _ in range(40):
+        running, _ = await limits.reserve(caller, 10)
+        clock.now += 24 * 3_600
+        await limits.settle(running, 5)
+    assert len(limits._use["alice"].periods) == 2
+
+
 async def test_nothing_is_taken_by_who_is_refused(limits: Limits) -> None:
     caller = key(tokens_per_minute=100, parallel_requests=5, tokens_per_day=1_000)
     await limits.reserve(caller, 90)
