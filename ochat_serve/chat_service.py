@@ -26,7 +26,13 @@ from ochat_serve.chat_request import (
     sampling_options,
 )
 from ochat_serve.errors import InvalidRequest, ModelNotFound, PermissionDenied
-from ochat_serve.generation import EngineInfo, SamplingOptions, ServedModel, Usage
+from ochat_serve.generation import (
+    Conversation,
+    EngineInfo,
+    SamplingOptions,
+    ServedModel,
+    Usage,
+)
 from ochat_serve.health import Health
 from ochat_serve.limits import Limits as KeyLimits
 from ochat_serve.protocol.chat import ChatCompletionRequest
@@ -107,9 +113,7 @@ class ChatService:
         check_sampling(request, self._limits)
         prompt = conversation(request)
         salt = cache_salt(self._cache_secret, caller.name)
-        prompt_token_ids = await self.served.prompts.render(
-            prompt, self._limits.max_model_len, salt
-        )
+        prompt_token_ids = await self._render(prompt, caller, salt)
         options = sampling_options(request, self._limits, len(prompt_token_ids))
         record.usage = Usage(prompt_tokens=len(prompt_token_ids))
         record.parameters = _logged(options, form)
@@ -150,6 +154,18 @@ class ChatService:
         record.id = chat.head.id
         chat.headers |= _notes(ignored, request, options)
         return chat
+
+    async def _render(self, prompt: Conversation, caller: Caller, salt: str | None) -> list[int]:
+        """A long prompt is one of its key's parallel requests already, and refused before it costs
+        anything if the key has nothing left: even one token would be too many."""
+        render = partial(self.served.prompts.render, prompt, self._limits.max_model_len, salt)
+        if not (caller.is_limited and self.served.prompts.is_long(prompt)):
+            return await render()
+        held, _ = await self._key_limits.reserve(caller, 1)
+        try:
+            return await render()
+        finally:
+            await self._key_limits.settle(held, 0)
 
     def _model_name(self, model: str | None, caller: Caller) -> str:
         """The name to answer with.  Raises ``ModelNotFound`` for a model not served here, and

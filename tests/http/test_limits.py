@@ -13,7 +13,7 @@ import pytest
 from ochat_serve import keys
 from ochat_serve.app import create_app
 from ochat_serve.clock import periods
-from ochat_serve.generation import EngineInfo
+from ochat_serve.generation import Conversation, EngineInfo
 from ochat_serve.key_file import KeyFile
 from ochat_serve.limits import MemoryLimits
 from ochat_serve.serving import Serving
@@ -23,7 +23,7 @@ from ochat_serve.usage.database import sqlite_database
 from ochat_serve.usage.ledger import UsageLedger
 from ochat_serve.usage.reader import LedgerReader
 from ochat_serve.usage_db import used_before
-from tests.fakes import ScriptedEngine, Wait, service, words
+from tests.fakes import ScriptedEngine, Wait, WordPrompts, service, words
 from tests.live import LiveServer, RawClient, eventually, live
 
 CHAT = "/v1/chat/completions"
@@ -40,6 +40,7 @@ class Limited:
         self._keys: dict[str, str] = {}
         info = EngineInfo(max_model_len=1_000, vocab_size=1_000, version="0")
         self.engine = ScriptedEngine(info=info)
+        self.prompts = WordPrompts()
 
     def start(
         self, limits: str, serving: Serving | None = None, ledger: UsageLedger | None = None
@@ -48,7 +49,7 @@ class Limited:
             self.add("alice", limits)
         settings = Settings(key_file=self._file)
         self.serving = serving or Serving()
-        self.serving.chat = service(self.engine, settings, limits=self.serving.limits)
+        self.serving.chat = service(self.engine, settings, self.prompts, limits=self.serving.limits)
         key_file = KeyFile(self._file)
         return live(
             create_app(settings, self.serving, key_file=key_file, ledger=ledger),
@@ -199,6 +200,83 @@ def test_equal_choices_count_as_often_as_they_are_sent(limited: Limited) -> None
         assert answer.status_code == 200
         assert answer.headers["x-ratelimit-remaining-tokens"] == str(1000 - 3 - 8 * 100)
         assert limited.serving.chat.admission.running == 0
+
+
+class LongPrompts(WordPrompts):
+    """All are long, and are rendered when they may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wait = Wait()
+        self.rendering = self.rendered = 0
+
+    def is_long(self, conversation: Conversation) -> bool:
+        return True
+
+    async def render(
+        self,
+        conversation: Conversation,
+        max_tokens: int | None = None,
+        cache_salt: str | None = None,
+    ) -> list[int]:
+        self.rendering += 1
+        try:
+            await self.wait.go.wait()
+        finally:
+            self.rendering -= 1
+        self.rendered += 1
+        return await super().render(conversation)
+
+
+@BOTH
+def test_a_long_prompt_is_one_of_the_parallel_requests_before_it_is_rendered(
+    limited: Limited, stream: bool
+) -> None:
+    limited.prompts = prompts = LongPrompts()
+    limits = "--parallel-requests 1 --tokens-per-minute 1000"
+    with limited.start(limits) as server, ThreadPoolExecutor(1) as client:
+        first = client.submit(limited.ask, server, stream=stream, max_tokens=7)
+        assert eventually(lambda: prompts.rendering == 1)
+        refused = limited.ask(server, stream=stream)
+        assert code(refused) == (429, "requests", "rate_limit_exceeded")
+        assert "1 parallel requests" in refused.json()["error"]["message"]
+        server.loop.call_soon_threadsafe(prompts.wait.go.set)
+        assert first.result().status_code == 200
+        assert first.result().headers["x-ratelimit-remaining-tokens"] == "990"
+        assert prompts.rendered == 1
+        assert limited.ask(server, stream=stream, max_tokens=7).status_code == 200
+
+
+@BOTH
+@pytest.mark.parametrize("limit", ["tokens-per-day", "tokens-per-month", "tokens-per-minute"])
+def test_a_long_prompt_is_not_rendered_where_nothing_is_left(
+    limited: Limited, limit: str, stream: bool
+) -> None:
+    limited.prompts = prompts = LongPrompts()
+    prompts.wait.go.set()
+    with limited.start(f"--{limit} 3") as server:
+        assert limited.ask(server, stream=stream).status_code == 200  # 5 tokens
+        assert limited.ask(server, stream=stream).status_code == 429
+    assert prompts.rendered == 1
+
+
+def test_a_client_that_leaves_while_its_prompt_waits_is_dropped(limited: Limited) -> None:
+    limited.prompts = prompts = LongPrompts()
+    with limited.start("--parallel-requests 1") as server:
+        for stream in (False, True):
+            with RawClient(server.port) as client:
+                client.post(
+                    CHAT,
+                    json.dumps({**ASK, "stream": stream}).encode(),
+                    "Content-Type: application/json",
+                    f"Authorization: Bearer {limited.key}",
+                )
+                assert eventually(lambda: prompts.rendering == 1)
+            assert eventually(lambda: prompts.rendering == 0)
+        server.loop.call_soon_threadsafe(prompts.wait.go.set)
+        assert eventually(lambda: limited.ask(server).status_code == 200)
+    assert prompts.rendered == 1
+    assert len(limited.engine.requests) == 1
 
 
 class Hanging:
