@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ochat_serve.caller import Caller
+from ochat_serve.caller import Caller, KeyLimits
 from ochat_serve.errors import QuotaExceeded, RateLimited, RequestsLimited, TokensLimited
 
 MINUTE_S = 60.0
@@ -84,6 +84,8 @@ class _Use:
     parallel: int = 0
     # name of the day or month -> tokens used and reserved in it
     periods: dict[str, int] = field(default_factory=dict)
+    # The very ones that were in force then: each reading of the key file makes others.
+    limits: KeyLimits | None = None
 
 
 async def no_use_before(key: str, period: str) -> int:
@@ -170,9 +172,11 @@ class MemoryLimits:
         return headers("tokens", limit, use.tokens.level)
 
     async def _learn(self, use: _Use, caller: Caller) -> tuple[float, tuple[Period, Period]]:
-        """What was used before, once a period.  The time, and its day and month, whose counters
-        are there: while the ledger was asked another day may have begun."""
+        """What was used before, once a period, and anew when the key's limits have been set anew:
+        while there was no quota nothing was counted.  The time, and its day and month, whose
+        counters are there: while the ledger was asked another day may have begun."""
         assert caller.name is not None
+        counted = use.limits is caller.limits
         while True:
             now = self._now()
             periods = self._periods(now)
@@ -181,12 +185,15 @@ class MemoryLimits:
                 for period, quota in zip(periods, quotas(caller), strict=True)
                 if quota is not None
             ]
-            unknown = [name for name in wanted if name not in use.periods]
+            unknown = [name for name in wanted if not (counted and name in use.periods)]
             if not unknown:
                 break
             for name in unknown:
                 used = await self._used_before(caller.name, name)
-                use.periods.setdefault(name, used)
+                # What runs is counted here only, what ran without a quota there only.
+                use.periods[name] = max(used, use.periods.get(name, 0))
+            counted = True
+        use.limits = caller.limits
         if len(use.periods) > len(periods):  # yesterday's, and last month's
             names = (period.name for period in periods)
             use.periods = {name: use.periods[name] for name in names if name in use.periods}

@@ -206,6 +206,72 @@ async def test_quotas_go_on_where_the_ledger_stood(place: Place) -> None:
         await limits.reserve(caller, 1)
 
 
+async def test_a_quota_that_is_taken_off_and_set_again_counts_what_was_between(
+    place: Place,
+) -> None:
+    ledger = {"2026-02-27": 0, "2026-02": 0}
+
+    async def used_before(name: str, period: str) -> int:
+        return ledger[period]
+
+    limits = place.open(used_before)
+    for quotas in ({"tokens_per_day": 100}, {"tokens_per_month": 100}):
+        await limits.settle((await limits.reserve(key(**quotas), 50))[0], 50)
+        if "tokens_per_day" in quotas:
+            ledger = dict.fromkeys(ledger, 50)
+    ledger = dict.fromkeys(ledger, 1_100)  # by requests without a limit
+    for caller in (key(tokens_per_day=999), key(tokens_per_day=999, tokens_per_month=999)):
+        for _ in range(2):
+            with pytest.raises(QuotaExceeded):
+                await limits.reserve(caller, 1)
+
+
+async def test_what_was_learned_is_kept_though_the_request_is_refused(
+    place: Place, clock: Clock
+) -> None:
+    used = 0
+
+    async def used_before(name: str, period: str) -> int:
+        return used
+
+    limits = place.open(used_before)
+    running, _ = await limits.reserve(key(tokens_per_day=100, tokens_per_minute=80), 80)
+    used = 100
+    caller = key(tokens_per_day=150, tokens_per_minute=80, parallel_requests=1)
+    with pytest.raises(RequestsLimited):
+        await limits.reserve(caller, 1)
+    await limits.settle(running, 80)
+    with pytest.raises(TokensLimited):
+        await limits.reserve(caller, 80)
+    used = 0
+    clock.now += 60
+    assert (await limits.reserve(caller, 80))[0].tokens == 50
+
+
+async def test_what_runs_while_limits_are_set_anew_stays_counted(place: Place) -> None:
+    limits = place.open()
+    running, _ = await limits.reserve(key(tokens_per_day=100), 60)
+    held, _ = await limits.reserve(key(tokens_per_day=100), 100)
+    assert held.tokens == 40
+    await limits.settle(held, 0)
+    await limits.settle(running, 10)
+    assert (await limits.reserve(key(tokens_per_day=100), 100))[0].tokens == 90
+
+
+async def test_the_ledger_is_asked_once_for_each_setting_of_the_limits(place: Place) -> None:
+    asked: list[str] = []
+
+    async def used_before(name: str, period: str) -> int:
+        asked.append(period)
+        return 0
+
+    limits = place.open(used_before)
+    for caller in (key(tokens_per_day=100), key(tokens_per_day=200)):
+        for _ in range(5):
+            await limits.settle((await limits.reserve(caller, 1))[0], 1)
+    assert asked == ["2026-02-27"] * 2
+
+
 async def test_a_month_that_begins_while_the_ledger_is_asked(place: Place, clock: Clock) -> None:
     """And a request of the last one ends meanwhile: nobody's counter is dropped."""
     asked, answers = asyncio.Event(), asyncio.Event()

@@ -8,7 +8,7 @@ from contextlib import suppress
 from secrets import token_hex
 from typing import Any
 
-from ochat_serve.caller import Caller
+from ochat_serve.caller import Caller, KeyLimits
 from ochat_serve.errors import RateLimited
 from ochat_serve.limits import (
     MINUTE_S,
@@ -32,7 +32,8 @@ _KEPT_S = 3_600
 
 
 class RedisLimits:
-    """One round trip per question, of which a day's or month's first takes two.
+    """One round trip per question, of which a day's or month's first takes two.  This process'
+    first for a key whose limits were set anew asks for its use before.
 
     ``lease_s``: after so long a reservation that nobody settled, its process being dead, no
     longer counts as a running request.  ``clock`` gives Unix seconds; without it they are Redis'
@@ -54,6 +55,7 @@ class RedisLimits:
         self._lease_s = lease_s
         self._clock = clock
         self._used_before = used_before
+        self._learned: dict[str | None, KeyLimits] = {}  # as ``MemoryLimits`` keeps them
         self._unsettled: dict[str, tuple[Reservation, int]] = {}
         self._settling: asyncio.Task[None] | None = None
 
@@ -109,13 +111,18 @@ class RedisLimits:
         return self._clock() if self._clock is not None else ""
 
     async def _reserve(self, reservation: Reservation, now: float) -> Sequence[Any]:
-        reply: Sequence[Any] = await self._link.run(
-            RESERVE, _keys(reservation), await self._terms(reservation, now, asks=False)
-        )
+        caller = reservation.caller
+        asks = self._learned.get(caller.name) is not caller.limits
+        reply = await self._ask(reservation, now, asks=asks)
         if reply[0] == "unknown":
-            reply = await self._link.run(
-                RESERVE, _keys(reservation), await self._terms(reservation, now, asks=True)
-            )
+            reply = await self._ask(reservation, now, asks=True)
+        if reply[0] != "parallel":  # which comes before the counters
+            self._learned[caller.name] = caller.limits
+        return reply
+
+    async def _ask(self, reservation: Reservation, now: float, *, asks: bool) -> Sequence[Any]:
+        terms = await self._terms(reservation, now, asks=asks)
+        reply: Sequence[Any] = await self._link.run(RESERVE, _keys(reservation), terms)
         return reply
 
     async def _terms(
