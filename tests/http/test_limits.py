@@ -85,21 +85,22 @@ def code(answer: httpx.Response) -> tuple[int, str, str]:
 
 @BOTH
 def test_requests_per_minute_count_everything(limited: Limited, stream: bool) -> None:
-    with limited.start("--requests-per-minute 4") as server:
+    with limited.start("--requests-per-minute 5") as server:
         answers = [
             limited.ask(server, stream=stream),
             limited.ask(server, n=99),
             httpx.get(server.url + "/nowhere", headers=limited.headers),
+            httpx.get(server.url + "/metrics", headers=limited.headers),
             httpx.get(server.url + "/v1/models", headers=limited.headers),
         ]
-        assert [answer.status_code for answer in answers] == [200, 400, 404, 200]
+        assert [answer.status_code for answer in answers] == [200, 400, 404, 403, 200]
         left = [answer.headers["x-ratelimit-remaining-requests"] for answer in answers]
-        assert left == ["3", "2", "1", "0"]
+        assert left == ["4", "3", "2", "1", "0"]
         refused = limited.ask(server, stream=stream)
         assert code(refused) == (429, "requests", "rate_limit_exceeded")
-        assert "4 requests per minute" in refused.json()["error"]["message"]
-        assert 14 <= int(refused.headers["retry-after"]) <= 15
-        assert refused.headers["x-ratelimit-limit-requests"] == "4"
+        assert "5 requests per minute" in refused.json()["error"]["message"]
+        assert 11 <= int(refused.headers["retry-after"]) <= 12
+        assert refused.headers["x-ratelimit-limit-requests"] == "5"
         assert httpx.get(server.url + "/livez").status_code == 200
 
 
