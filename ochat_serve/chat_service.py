@@ -79,6 +79,7 @@ class ChatService:
             max_model_len=served.engine.info.max_model_len,
             vocab_size=served.engine.info.vocab_size,
             max_n=settings.max_n,
+            max_places=_slots(served.engine.info, settings),
             default_temperature=(
                 served.prompts.default_temperature if temperature is None else temperature
             ),
@@ -187,15 +188,20 @@ class ChatService:
 
 
 def _admission(info: EngineInfo, settings: Settings) -> Admission:
-    """This front end's share of the places and of the queue: of the places no more, for all
-    together must not pass what was said."""
+    """This front end's share of the places and of the queue."""
     share = settings.api_server_count
     return Admission(
-        slots=max(1, (settings.max_inflight or info.max_num_seqs) // share),
+        slots=_slots(info, settings),
         max_queue=math.ceil(settings.max_queue / share),
         max_queue_tokens=math.ceil(settings.max_queue_tokens / share),
         step_tokens=info.max_num_batched_tokens,
     )
+
+
+def _slots(info: EngineInfo, settings: Settings) -> int:
+    """Choices that this front end may have in the engine at a time: its share and no more, for all
+    together must not pass what was said."""
+    return max(1, (settings.max_inflight or info.max_num_seqs) // settings.api_server_count)
 
 
 def cache_salt(secret: bytes, key: str | None) -> str | None:
