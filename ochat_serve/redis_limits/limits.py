@@ -24,7 +24,7 @@ from ochat_serve.limits import (
     requests_limited,
     tokens_limited,
 )
-from ochat_serve.redis_limits.link import RETRY_S, Argument, Link, Lost, Unanswered
+from ochat_serve.redis_limits.link import RETRY_S, Argument, Link, Lost, Refused, Unanswered
 from ochat_serve.redis_limits.scripts import REQUEST, RESERVE, SETTLE
 
 # A counter is kept beyond its period's end: other machines' clocks may be behind this one's.
@@ -78,6 +78,8 @@ class RedisLimits:
         reservation = Reservation(caller, tokens, periods, token_hex(8))
         try:
             reply = await self._reserve(reservation, now)
+        except Refused:
+            raise  # what it held of it expires
         except (Unanswered, asyncio.CancelledError):
             self._settle_later(reservation, 0)  # it may be held
             raise
@@ -94,6 +96,8 @@ class RedisLimits:
             return
         try:
             await self._settle(reservation, tokens)
+        except Refused:
+            pass  # its lease expires
         except Lost:
             self._settle_later(reservation, tokens)
         except asyncio.CancelledError:
@@ -160,7 +164,8 @@ class RedisLimits:
     async def _settle_all(self) -> None:
         with suppress(Lost):
             for reservation, tokens in list(self._unsettled.values()):
-                await self._settle(reservation, tokens)
+                with suppress(Refused):
+                    await self._settle(reservation, tokens)
                 self._unsettled.pop(reservation.id, None)
 
 
