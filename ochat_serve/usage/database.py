@@ -3,6 +3,8 @@
 Several processes may have one database open; every row is added to where it lies.
 """
 
+import ctypes
+import logging
 import math
 import os
 import sqlite3
@@ -12,6 +14,7 @@ from typing import Any, Protocol
 
 from ochat_serve.usage.counters import COUNTERS, Counters, Row
 
+logger = logging.getLogger(__name__)
 TABLE = "ochat_usage"
 CREATE = f"""
     CREATE TABLE IF NOT EXISTS {TABLE} (
@@ -51,7 +54,8 @@ class Database:
     """Connects when it is first needed, and again after an error.  One thread at a time.
 
     ``connect`` gives a connection on which the table exists; ``mark`` is how its statements
-    name a value; ``failures`` is what it raises; ``first`` is done first in each transaction.
+    name a value; ``failures`` is what it raises; ``first`` is done first in each transaction;
+    ``is_there`` tells whether what is connected is still where ``connect`` would find it.
     """
 
     def __init__(
@@ -60,11 +64,13 @@ class Database:
         mark: str,
         failures: tuple[type[Exception], ...],
         first: str | None = None,
+        is_there: Callable[[], bool] = lambda: True,
     ) -> None:
         self._connect = connect
         self._mark = mark
         self._failures = failures
         self._first = first
+        self._is_there = is_there
         self._connection: Connection | None = None
 
     def check(self) -> None:
@@ -95,12 +101,24 @@ class Database:
             with suppress(*self._failures):
                 connection.close()
 
+    def _abandon(self, connection: Connection) -> None:
+        # Never closed, not even at the end: SQLite would delete the journal beside it by its
+        # name, and by now that may be the new file's, of another process too.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+        self._connection = None
+        logger.error(
+            "The usage database was removed or replaced while it was in use. What it held is "
+            "where it was moved to, or lost; from now on usage is kept in what is there now."
+        )
+
     def _sql(self, text: str) -> str:
         return text.replace("?", self._mark)
 
     @contextmanager
     def _transaction(self) -> Iterator[Any]:
         try:
+            if self._connection is not None and not self._is_there():
+                self._abandon(self._connection)
             if self._connection is None:
                 self._connection = self._connect()
             cursor = self._connection.cursor()
@@ -117,9 +135,12 @@ class Database:
 def sqlite_database(path: str, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> Database:
     """A file, which is made if there is none, in a folder that exists."""
 
+    opened: tuple[int, int] | None = None
+
     def connect() -> Connection:
-        # Made here and not by SQLite, so that only its owner can read it.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, _FILE_MODE))
+        nonlocal opened
+        _make(path)
+        opened = _file_at(path)
         connection = sqlite3.connect(
             path, timeout=busy_timeout_s, isolation_level="IMMEDIATE", check_same_thread=False
         )
@@ -136,7 +157,29 @@ def sqlite_database(path: str, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> Dat
 
     # Absolute, so that no name (":memory:") means something else to SQLite.
     path = os.path.abspath(path)
-    return Database(connect, "?", (sqlite3.Error, OSError))
+    return Database(
+        connect, "?", (sqlite3.Error, OSError), is_there=lambda: _file_at(path) == opened
+    )
+
+
+def _make(path: str) -> None:
+    """A file where none is: here and not by SQLite, so that only its owner can read it."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, _FILE_MODE))
+    except FileExistsError:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, _FILE_MODE))
+        return
+    for journal in ("-wal", "-shm"):  # of one that was removed, and that others may still use
+        with suppress(FileNotFoundError):
+            os.unlink(path + journal)
+
+
+def _file_at(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def postgres_database(url: str, *, statement_timeout_s: float = STATEMENT_TIMEOUT_S) -> Database:

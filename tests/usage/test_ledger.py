@@ -187,6 +187,37 @@ def test_a_folder_that_goes_and_comes_back(tmp_path: Path, caplog: pytest.LogCap
     assert stored(folder / "usage") == [Row("a", DAY, of(1))]
 
 
+@pytest.mark.parametrize("act", ["removed", "moved", "replaced"])
+def test_a_file_that_is_taken_away_while_it_is_used(
+    file: Path, caplog: pytest.LogCaptureFixture, act: str
+):
+    with ledger_at(file, AT_ONCE_S) as ledger, ledger_at(file) as other:
+        other.read(*EVER)
+        ledger.add(request())
+        assert eventually(lambda: stored(file))
+        if act == "removed":
+            for path in file.parent.iterdir():
+                path.unlink()
+        else:
+            file.rename(file.with_name("before"))
+        if act == "replaced":
+            new = sqlite_database(str(file))
+            new.check()
+            new.close()
+        ledger.add(request("b"))
+        assert eventually(lambda: file.exists() and caplog.records)
+        assert eventually(lambda: [row.key for row in stored(file)] == ["b"])
+        # Whoever comes later takes nothing from the new file, and both go on in it.
+        assert other.read(*EVER) == [Row("b", DAY, of(1))]
+        for count in (2, 3):
+            ledger.add(request("b"))
+            assert eventually(lambda n=count: other.read(*EVER) == [Row("b", DAY, of(n))])
+        other.add(request("c"))
+    assert stored(file) == [Row("b", DAY, of(3)), Row("c", DAY, of(1))]
+    told = [record.getMessage() for record in caplog.records]
+    assert [said.split(" was ")[0] for said in told] == ["The usage database"] * 2, "once each"
+
+
 def test_what_is_lost_at_the_end_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     with ledger_at(tmp_path / "none" / "usage") as ledger:
         ledger.add(request())
