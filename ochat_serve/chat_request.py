@@ -175,11 +175,13 @@ def reply_form(request: ChatCompletionRequest) -> ReplyForm:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the model and the settings allow.  ``stream_interval`` is for streamed answers."""
+    """What the model and the settings allow.  ``max_places`` are the choices that can be in the
+    engine at a time; ``stream_interval`` is for streamed answers."""
 
     max_model_len: int
     vocab_size: int
     max_n: int
+    max_places: int
     default_temperature: float
     template_stop_ids: tuple[int, ...]
     stream_interval: int
@@ -192,9 +194,11 @@ ONE_BODY_INTERVAL = 32
 
 def check_sampling(request: ChatCompletionRequest, limits: Limits) -> None:
     """Everything about sampling that types and ranges cannot say.  Raises ``InvalidRequest``."""
-    if (request.n or 1) > limits.max_n:
+    # Greedy choices are copies of one.
+    most = min(limits.max_n, limits.max_places) if _temperature(request, limits) else limits.max_n
+    if (request.n or 1) > most:
         raise InvalidRequest(
-            f"Invalid value for 'n': this server makes at most {limits.max_n} choices, not "
+            f"Invalid value for 'n': this server makes at most {most} choices, not "
             f"{shortened(request.n)}.",
             param="n",
         )
@@ -226,6 +230,12 @@ def check_sampling(request: ChatCompletionRequest, limits: Limits) -> None:
         )
 
 
+def _temperature(request: ChatCompletionRequest, limits: Limits) -> float:
+    if request.top_p == 0:  # the smallest nucleus is the likeliest token
+        return 0.0
+    return limits.default_temperature if request.temperature is None else request.temperature
+
+
 def sampling_options(
     request: ChatCompletionRequest, limits: Limits, prompt_tokens: int
 ) -> SamplingOptions:
@@ -243,16 +253,12 @@ def sampling_options(
             f"'min_tokens' ({request.min_tokens}) is larger than the room left ({room} tokens).",
             param="min_tokens",
         )
-    temperature = request.temperature
-    if temperature is None:
-        temperature = limits.default_temperature
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
     template_stops = () if request.ignore_eos else limits.template_stop_ids
     return SamplingOptions(
         max_tokens=max_tokens,
         n=request.n or 1,
-        # The smallest nucleus is the likeliest token.
-        temperature=0.0 if request.top_p == 0 else temperature,
+        temperature=_temperature(request, limits),
         top_p=request.top_p or 1.0,
         top_k=max(request.top_k or 0, 0),
         min_p=request.min_p or 0.0,

@@ -26,7 +26,13 @@ from ochat_serve.chat_request import (
     sampling_options,
 )
 from ochat_serve.errors import InvalidRequest, ModelNotFound, PermissionDenied
-from ochat_serve.generation import EngineInfo, SamplingOptions, ServedModel, Usage
+from ochat_serve.generation import (
+    Conversation,
+    EngineInfo,
+    SamplingOptions,
+    ServedModel,
+    Usage,
+)
 from ochat_serve.health import Health
 from ochat_serve.limits import Limits as KeyLimits
 from ochat_serve.protocol.chat import ChatCompletionRequest
@@ -73,6 +79,7 @@ class ChatService:
             max_model_len=served.engine.info.max_model_len,
             vocab_size=served.engine.info.vocab_size,
             max_n=settings.max_n,
+            max_places=_slots(served.engine.info, settings),
             default_temperature=(
                 served.prompts.default_temperature if temperature is None else temperature
             ),
@@ -107,9 +114,7 @@ class ChatService:
         check_sampling(request, self._limits)
         prompt = conversation(request)
         salt = cache_salt(self._cache_secret, caller.name)
-        prompt_token_ids = await self.served.prompts.render(
-            prompt, self._limits.max_model_len, salt
-        )
+        prompt_token_ids = await self._render(prompt, caller, salt)
         options = sampling_options(request, self._limits, len(prompt_token_ids))
         record.usage = Usage(prompt_tokens=len(prompt_token_ids))
         record.parameters = _logged(options, form)
@@ -151,6 +156,18 @@ class ChatService:
         chat.headers |= _notes(ignored, request, options)
         return chat
 
+    async def _render(self, prompt: Conversation, caller: Caller, salt: str | None) -> list[int]:
+        """A long prompt is one of its key's parallel requests already, and refused before it costs
+        anything if the key has nothing left: even one token would be too many."""
+        render = partial(self.served.prompts.render, prompt, self._limits.max_model_len, salt)
+        if not (caller.is_limited and self.served.prompts.is_long(prompt)):
+            return await render()
+        held, _ = await self._key_limits.reserve(caller, 1)
+        try:
+            return await render()
+        finally:
+            await self._key_limits.settle(held, 0)
+
     def _model_name(self, model: str | None, caller: Caller) -> str:
         """The name to answer with.  Raises ``ModelNotFound`` for a model not served here, and
         ``PermissionDenied`` for one that this key may not use."""
@@ -171,15 +188,20 @@ class ChatService:
 
 
 def _admission(info: EngineInfo, settings: Settings) -> Admission:
-    """This front end's share of the places and of the queue: of the places no more, for all
-    together must not pass what was said."""
+    """This front end's share of the places and of the queue."""
     share = settings.api_server_count
     return Admission(
-        slots=max(1, (settings.max_inflight or info.max_num_seqs) // share),
+        slots=_slots(info, settings),
         max_queue=math.ceil(settings.max_queue / share),
         max_queue_tokens=math.ceil(settings.max_queue_tokens / share),
         step_tokens=info.max_num_batched_tokens,
     )
+
+
+def _slots(info: EngineInfo, settings: Settings) -> int:
+    """Choices that this front end may have in the engine at a time: its share and no more, for all
+    together must not pass what was said."""
+    return max(1, (settings.max_inflight or info.max_num_seqs) // settings.api_server_count)
 
 
 def cache_salt(secret: bytes, key: str | None) -> str | None:

@@ -201,6 +201,10 @@ class PromptRenderer(Protocol):
         """Whether answers start with a space that is the tokenizer's, not the model's."""
         ...
 
+    def is_long(self, conversation: Conversation) -> bool:
+        """Whether its rendering may take some milliseconds of a thread, and wait for one."""
+        ...
+
     async def render(
         self,
         conversation: Conversation,

@@ -64,10 +64,11 @@ class Content(_Part):
         return tuple(
             Key(
                 bytes.fromhex(secret.sha256),
-                entry.caller(name),
+                caller,
                 secret.expires.timestamp() if secret.expires else None,
             )
             for name, entry in self.keys.items()
+            for caller in (entry.caller(name),)  # one, whichever of its secrets is sent
             for secret in entry.secrets
         )
 

@@ -4,13 +4,12 @@ Tokens are reserved before a request begins (its prompt and the longest answer i
 settled at its end, so requests that run at the same time cannot use the same tokens twice.
 """
 
-import asyncio
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ochat_serve.caller import Caller
+from ochat_serve.caller import Caller, KeyLimits
 from ochat_serve.errors import QuotaExceeded, RateLimited, RequestsLimited, TokensLimited
 
 MINUTE_S = 60.0
@@ -28,6 +27,8 @@ class Period:
 
 
 Periods = Callable[[float], tuple[Period, Period]]  # Unix seconds -> the day, the month
+# key, day or month -> tokens that were used in it; raises ``ApiError``
+UsedBefore = Callable[[str, str], Awaitable[int]]
 
 
 @dataclass(eq=False, slots=True)
@@ -83,22 +84,24 @@ class _Use:
     parallel: int = 0
     # name of the day or month -> tokens used and reserved in it
     periods: dict[str, int] = field(default_factory=dict)
+    # The very ones that were in force then: each reading of the key file makes others.
+    limits: KeyLimits | None = None
 
 
-def no_use_before(key: str, period: str) -> int:
+async def no_use_before(key: str, period: str) -> int:
     """Where nothing is known of what came before."""
     return 0
 
 
 class MemoryLimits:
     """``Limits`` of one process.  ``now`` gives Unix seconds; ``used_before`` the tokens that a key
-    has used in a day or month before this process began (it may block, and raise ``ApiError``)."""
+    has used in a day or month before this process began."""
 
     def __init__(
         self,
         now: Callable[[], float],
         periods: Periods,
-        used_before: Callable[[str, str], int] = no_use_before,
+        used_before: UsedBefore = no_use_before,
     ) -> None:
         self._now = now
         self._periods = periods
@@ -118,9 +121,8 @@ class MemoryLimits:
         return headers("requests", limit, bucket.level)
 
     async def reserve(self, caller: Caller, tokens: int) -> tuple[Reservation, Mapping[str, str]]:
-        now = self._now()
-        use, limits, periods = self._of(caller, now), caller.limits, self._periods(now)
-        await self._learn(use, caller, periods)
+        use, limits = self._of(caller, self._now()), caller.limits
+        now, periods = await self._learn(use, caller)
         if limits.parallel_requests is not None and use.parallel >= limits.parallel_requests:
             raise parallel_limited(caller, limits.parallel_requests)
         for period, quota in zip(periods, quotas(caller), strict=True):
@@ -135,7 +137,7 @@ class MemoryLimits:
             tokens = min(tokens, limits.tokens_per_minute)
             told = self._take(caller, use, tokens, limits.tokens_per_minute, now)
         use.parallel += 1
-        self._count(use, periods, caller, tokens)
+        _count(use, periods, tokens)
         return Reservation(caller, tokens, periods), told
 
     async def settle(self, reservation: Reservation, tokens: int) -> None:
@@ -146,7 +148,7 @@ class MemoryLimits:
         if limit is not None:  # else nothing was taken from the bucket
             use.tokens.available(limit, now)
             use.tokens.level += reservation.tokens - tokens
-        self._count(use, reservation.periods, reservation.caller, tokens - reservation.tokens)
+        _count(use, reservation.periods, tokens - reservation.tokens)
 
     async def close(self) -> None:
         pass
@@ -169,26 +171,40 @@ class MemoryLimits:
         use.tokens.level -= tokens
         return headers("tokens", limit, use.tokens.level)
 
-    async def _learn(self, use: _Use, caller: Caller, periods: tuple[Period, Period]) -> None:
-        """What was used before, once a period."""
-        for period, quota in zip(periods, quotas(caller), strict=True):
-            if quota is not None and period.name not in use.periods:
-                assert caller.name is not None
-                used = await asyncio.to_thread(self._used_before, caller.name, period.name)
-                use.periods.setdefault(period.name, used)
+    async def _learn(self, use: _Use, caller: Caller) -> tuple[float, tuple[Period, Period]]:
+        """What was used before, once a period, and anew when the key's limits have been set anew:
+        while there was no quota nothing was counted.  The time, and its day and month, whose
+        counters are there: while the ledger was asked another day may have begun."""
+        assert caller.name is not None
+        counted = use.limits is caller.limits
+        while True:
+            now = self._now()
+            periods = self._periods(now)
+            wanted = [
+                period.name
+                for period, quota in zip(periods, quotas(caller), strict=True)
+                if quota is not None
+            ]
+            unknown = [name for name in wanted if not (counted and name in use.periods)]
+            if not unknown:
+                break
+            for name in unknown:
+                used = await self._used_before(caller.name, name)
+                # What runs is counted here only, what ran without a quota there only.
+                use.periods[name] = max(used, use.periods.get(name, 0))
+            counted = True
+        use.limits = caller.limits
+        if len(use.periods) > len(periods):  # yesterday's, and last month's
+            names = (period.name for period in periods)
+            use.periods = {name: use.periods[name] for name in names if name in use.periods}
+        return now, periods
 
-    def _count(
-        self, use: _Use, periods: tuple[Period, Period], caller: Caller, tokens: int
-    ) -> None:
-        for period, quota in zip(periods, quotas(caller), strict=True):
-            if quota is not None:
-                use.periods[period.name] = use.periods.get(period.name, 0) + tokens
-        if len(use.periods) > 4:  # yesterday's, and last month's
-            use.periods = {
-                period.name: use.periods[period.name]
-                for period in periods
-                if period.name in use.periods
-            }
+
+def _count(use: _Use, periods: tuple[Period, Period], tokens: int) -> None:
+    """In those counters that are there: one that is begun here would lack what was before."""
+    for period in periods:
+        if period.name in use.periods:
+            use.periods[period.name] += tokens
 
 
 def quotas(caller: Caller) -> tuple[int | None, int | None]:

@@ -31,6 +31,7 @@ from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings
 from ochat_serve.tls import Certificate
 from ochat_serve.usage.ledger import UsageLedger
+from ochat_serve.usage.reader import LedgerReader
 from ochat_serve.usage_db import open_ledger, used_before
 
 KEEP_ALIVE_TIMEOUT_S = 5
@@ -118,7 +119,7 @@ def serve(
 
 def open_limits(settings: Settings, ledger: UsageLedger | None) -> Limits:
     """Where the limits of keys are kept: in Redis, or in this process."""
-    used = no_use_before if ledger is None else used_before(ledger)
+    used = no_use_before if ledger is None else used_before(LedgerReader(ledger))
     if settings.redis_url is None:
         return MemoryLimits(time.time, periods, used)
     from ochat_serve.redis_limits import RedisLimits

@@ -5,11 +5,9 @@ template wrote; the other is told to take every control token for plain text and
 came from outside.  Its result is checked all the same: no control token leaves it.
 """
 
-import asyncio
 import json
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import takewhile
 from typing import Any
@@ -20,6 +18,7 @@ from tokenizers import models
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ochat_serve.errors import InvalidRequest, StartupError
+from ochat_serve.fair_threads import FairThreads
 from ochat_serve.remembered import RememberedIds
 from ochat_serve.templates.hf import ApplyTemplate, ControlToken
 from ochat_serve.templates.segments import Literal, Plain, Segment
@@ -37,6 +36,8 @@ REMEMBER_BYTES = 64 * 2**20
 
 class Tokenizer:
     """``templates.SegmentEncoder`` over a Hugging Face tokenizer."""
+
+    inline_chars = _INLINE_CHARS
 
     def __init__(
         self, hf_tokenizer: PreTrainedTokenizerBase, *, remember_bytes: int = REMEMBER_BYTES
@@ -60,7 +61,7 @@ class Tokenizer:
         )
         self.bos_token_ids = _in_front_of_every_text(hf_tokenizer)
         self._remembered = RememberedIds(remember_bytes)
-        self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="tokenize")
+        self._workers = FairThreads(_WORKERS, "tokenize")
         self._encode_literal = lru_cache(maxsize=256)(self._recognise)
         self._token_bytes = lru_cache(maxsize=None)(_token_bytes_of(backend, spec))
         self._longest = _longest_token(backend, spec)
@@ -105,9 +106,10 @@ class Tokenizer:
         max_tokens: int | None = None,
         cache_salt: str | None = None,
     ) -> list[int]:
-        """The segments' token ids, in order.  Much is rendered and encoded off the event loop;
-        ``chars`` tells how much rendering them costs.  Raises ``ContextLengthExceeded``, without
-        encoding, for what surely has more than ``max_tokens``."""
+        """The segments' token ids, in order.  Much is rendered and encoded off the event loop,
+        in turn for each salt; ``chars`` tells how much rendering them costs.  Raises
+        ``ContextLengthExceeded``, without encoding, for what surely has more than
+        ``max_tokens``."""
 
         def rendered() -> Sequence[Segment]:
             parts = segments()
@@ -117,14 +119,13 @@ class Tokenizer:
             return parts
 
         if chars > _INLINE_CHARS:
-            return await self._in_worker(lambda: self.encode_now(rendered(), cache_salt))
+            return await self._workers.run(
+                cache_salt, lambda: self.encode_now(rendered(), cache_salt)
+            )
         parts = rendered()
         if self._new_chars(parts, cache_salt) > _INLINE_CHARS:
-            return await self._in_worker(lambda: self.encode_now(parts, cache_salt))
+            return await self._workers.run(cache_salt, lambda: self.encode_now(parts, cache_salt))
         return self.encode_now(parts, cache_salt)
-
-    async def _in_worker(self, work: Callable[[], list[int]]) -> list[int]:
-        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
 
     def _new_chars(self, segments: Iterable[Segment], salt: str | None) -> int:
         """How much there is to encode that is not remembered."""

@@ -1,14 +1,16 @@
 """``--usage-db``: from the settings and the environment to an open ledger."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from ochat_serve.errors import StartupError, Unavailable
+from ochat_serve.limits import UsedBefore
 from ochat_serve.setting_values import NONE, POSTGRES_SCHEMES
 from ochat_serve.settings import Settings
 from ochat_serve.usage.database import DatabaseError, postgres_database, sqlite_database
 from ochat_serve.usage.ledger import UsageLedger
+from ochat_serve.usage.reader import LedgerReader
 
 _DEFAULT_FILE = Path("ochat_serve", "usage.sqlite")
 _FOLDER_MODE = 0o700
@@ -36,13 +38,13 @@ def open_ledger(settings: Settings, environ: Mapping[str, str] = os.environ) -> 
     return UsageLedger(database, anonymous=not settings.has_keys)
 
 
-def used_before(ledger: UsageLedger) -> Callable[[str, str], int]:
-    """For ``limits.MemoryLimits``: quotas go on where the ledger stands."""
+def used_before(ledger: LedgerReader) -> UsedBefore:
+    """For ``limits``: quotas go on where the ledger stands."""
 
-    def used(key: str, period: str) -> int:
+    async def used(key: str, period: str) -> int:
         days = (f"{period}-01", f"{period}-31") if len(period) == len("2026-01") else (period,) * 2
         try:
-            account = ledger.total(key, *days)
+            account = await ledger.total(key, *days)
         except DatabaseError as error:
             raise Unavailable(
                 "The usage of this key cannot be read at the moment.",

@@ -145,6 +145,9 @@ class WordPrompts:
     uses_condition: bool = True
     begins_with_space: bool = False
 
+    def is_long(self, conversation: Conversation) -> bool:
+        return False
+
     async def render(
         self,
         conversation: Conversation,

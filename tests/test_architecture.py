@@ -26,6 +26,7 @@ LAYERS = (
         "key_file",
         "key_ring",
         "failed_attempts",
+        "fair_threads",
         "remembered",
         "shares",
         "detokenizing",

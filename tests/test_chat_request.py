@@ -34,6 +34,7 @@ LIMITS = Limits(
     max_model_len=100,
     vocab_size=1_000,
     max_n=8,
+    max_places=8,
     default_temperature=0.7,
     template_stop_ids=(7,),
     stream_interval=3,

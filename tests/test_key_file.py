@@ -81,6 +81,7 @@ def test_revoking_and_rotating(path: Path, command: Command) -> None:
     assert in_force(path).keys() == {"alice"}
     newer = command("rotate alice --grace 2h")[0]
     old, new = KeyFile(str(path)).read().for_ring()
+    assert old.caller is new.caller, "else its limits would seem to be set anew by each request"
     assert new.digest == hashlib.sha256(newer.encode()).digest()
     assert old.caller == new.caller
     assert new.expires is None

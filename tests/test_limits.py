@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
 import pytest
@@ -10,7 +10,7 @@ import pytest
 from ochat_serve.caller import Caller, KeyLimits
 from ochat_serve.clock import periods
 from ochat_serve.errors import ApiError, QuotaExceeded, RequestsLimited, TokensLimited
-from ochat_serve.limits import Limits, MemoryLimits, headers
+from ochat_serve.limits import Limits, MemoryLimits, UsedBefore, headers, no_use_before
 from ochat_serve.redis_limits import RedisLimits
 
 LEASE_S = 600.0
@@ -41,7 +41,7 @@ class Place:
         self._url = url
         self._opened: list[Limits] = []
 
-    def open(self, used_before: Callable[[str, str], int] = lambda key, period: 0) -> Limits:
+    def open(self, used_before: UsedBefore = no_use_before) -> Limits:
         limits: Limits
         if self._url is None:
             limits = MemoryLimits(self._clock, periods, used_before)
@@ -195,11 +195,128 @@ async def test_what_began_yesterday_counts_for_yesterday(limits: Limits, clock: 
 
 async def test_quotas_go_on_where_the_ledger_stood(place: Place) -> None:
     used = {"2026-02-27": 95, "2026-02": 95}
-    limits = place.open(lambda name, period: used[period])
+
+    async def used_before(name: str, period: str) -> int:
+        return used[period]
+
+    limits = place.open(used_before)
     caller = key(tokens_per_day=100, tokens_per_month=1_000)
     await limits.settle((await limits.reserve(caller, 50))[0], 5)
     with pytest.raises(QuotaExceeded):
         await limits.reserve(caller, 1)
+
+
+async def test_a_quota_that_is_taken_off_and_set_again_counts_what_was_between(
+    place: Place,
+) -> None:
+    ledger = {"2026-02-27": 0, "2026-02": 0}
+
+    async def used_before(name: str, period: str) -> int:
+        return ledger[period]
+
+    limits = place.open(used_before)
+    for quotas in ({"tokens_per_day": 100}, {"tokens_per_month": 100}):
+        await limits.settle((await limits.reserve(key(**quotas), 50))[0], 50)
+        if "tokens_per_day" in quotas:
+            ledger = dict.fromkeys(ledger, 50)
+    ledger = dict.fromkeys(ledger, 1_100)  # by requests without a limit
+    for caller in (key(tokens_per_day=999), key(tokens_per_day=999, tokens_per_month=999)):
+        for _ in range(2):
+            with pytest.raises(QuotaExceeded):
+                await limits.reserve(caller, 1)
+
+
+async def test_what_was_learned_is_kept_though_the_request_is_refused(
+    place: Place, clock: Clock
+) -> None:
+    used = 0
+
+    async def used_before(name: str, period: str) -> int:
+        return used
+
+    limits = place.open(used_before)
+    running, _ = await limits.reserve(key(tokens_per_day=100, tokens_per_minute=80), 80)
+    used = 100
+    caller = key(tokens_per_day=150, tokens_per_minute=80, parallel_requests=1)
+    with pytest.raises(RequestsLimited):
+        await limits.reserve(caller, 1)
+    await limits.settle(running, 80)
+    with pytest.raises(TokensLimited):
+        await limits.reserve(caller, 80)
+    used = 0
+    clock.now += 60
+    assert (await limits.reserve(caller, 80))[0].tokens == 50
+
+
+async def test_what_runs_while_limits_are_set_anew_stays_counted(place: Place) -> None:
+    limits = place.open()
+    running, _ = await limits.reserve(key(tokens_per_day=100), 60)
+    held, _ = await limits.reserve(key(tokens_per_day=100), 100)
+    assert held.tokens == 40
+    await limits.settle(held, 0)
+    await limits.settle(running, 10)
+    assert (await limits.reserve(key(tokens_per_day=100), 100))[0].tokens == 90
+
+
+async def test_the_ledger_is_asked_once_for_each_setting_of_the_limits(place: Place) -> None:
+    asked: list[str] = []
+
+    async def used_before(name: str, period: str) -> int:
+        asked.append(period)
+        return 0
+
+    limits = place.open(used_before)
+    for caller in (key(tokens_per_day=100), key(tokens_per_day=200)):
+        for _ in range(5):
+            await limits.settle((await limits.reserve(caller, 1))[0], 1)
+    assert asked == ["2026-02-27"] * 2
+
+
+async def test_a_month_that_begins_while_the_ledger_is_asked(place: Place, clock: Clock) -> None:
+    """And a request of the last one ends meanwhile: nobody's counter is dropped."""
+    asked, answers = asyncio.Event(), asyncio.Event()
+
+    async def used_before(name: str, period: str) -> int:
+        if period == "2026-03":
+            asked.set()
+            await answers.wait()
+        return 40
+
+    limits = place.open(used_before)
+    caller = key(tokens_per_day=100, tokens_per_month=1_000)
+    clock.now -= 24 * 3_600
+    for _ in range(3):  # the 26th to the 28th
+        late, _ = await limits.reserve(caller, 10)
+        clock.now += 24 * 3_600
+    begun = [asyncio.create_task(limits.reserve(caller, 25)) for _ in range(2)]
+    await asked.wait()
+    await limits.settle(late, 5)
+    answers.set()
+    held = [tokens.tokens for tokens, _ in await asyncio.gather(*begun)]
+    assert held == [25, 25]
+    last, _ = await limits.reserve(caller, 25)
+    assert last.tokens == 10, "of the 100, 40 were used before"
+    assert (await limits.reserve(key(tokens_per_month=1_000), 2_000))[0].tokens == 900
+
+
+async def test_midnight_comes_while_the_ledger_is_asked(clock: Clock) -> None:
+    async def used_before(name: str, period: str) -> int:
+        if period == "2026-02-27":
+            clock.now += 24 * 3_600
+        return {"2026-02-27": 100, "2026-02-28": 30}[period]
+
+    limits = MemoryLimits(clock, periods, used_before)
+    held, _ = await limits.reserve(key(tokens_per_day=100), 1_000)
+    assert (held.tokens, held.periods[0].name) == (70, "2026-02-28")
+
+
+async def test_only_todays_counters_are_kept(clock: Clock) -> None:
+    limits, caller = MemoryLimits(clock, periods), key(tokens_per_day=100, tokens_per_month=9_000)
+    for _ in range(40):
+        running, _ = await limits.reserve(caller, 10)
+        clock.now += 24 * 3_600
+        await limits.settle(running, 5)
+    assert len(limits._use["alice"].periods) == 2
 
 
 async def test_nothing_is_taken_by_who_is_refused(limits: Limits) -> None:

@@ -311,6 +311,46 @@ async def test_a_loss_and_its_end_are_told_once(
     assert (level, found) == ("WARNING", f"Limits are kept again: {redis_server.url} works.")
 
 
+async def test_a_key_whose_entry_is_broken_is_refused_alone(
+    redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    broken, other = Caller("alice", limits=ALL), Caller("bob", limits=ALL)
+    with redis.Redis.from_url(redis_url) as client:
+        async with limits_in(redis_url) as limits:
+            runs, _ = await limits.reserve(broken, 10)
+            client.delete("ochat:{alice}:held")
+            client.set("ochat:{alice}:held", "x")
+            for _ in range(3):
+                with pytest.raises(Unavailable) as e:
+                    await limits.reserve(broken, 10)
+                assert e.value.code == "limits_unavailable"
+                await limits.settle((await limits.reserve(other, 10))[0], 10)
+            await limits.settle(runs, 10)
+            assert limits._unsettled == {}, "others would wait behind it for ever"
+            ((level, said),) = lines(caplog)
+            assert level == "ERROR"
+            assert "ochat:{alice}:" in said
+            assert "WRONGTYPE" in said or "wrong kind of value" in said
+            client.delete("ochat:{alice}:held", "ochat:{alice}:running")
+            held, _ = await limits.reserve(broken, 10)
+            await limits.settle(held, 10)
+
+
+async def test_one_that_takes_no_more_is_lost_and_not_the_keys_fault(
+    redis_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caller = Caller("alice", limits=ALL)
+    async with limits_in(redis_server.url) as limits:
+        await limits.settle((await limits.reserve(caller, 10))[0], 10)
+        redis_server.client.replicaof("127.0.0.1", "1")
+        with pytest.raises(Unavailable):
+            await limits.reserve(caller, 10)
+        assert [said.split(":")[0] for _, said in lines(caplog)] == ["Limits cannot be kept"]
+        redis_server.client.replicaof("NO", "ONE")
+        await found_again(limits)
+
+
 async def test_one_that_hangs_is_lost_too(redis_server: RedisServer) -> None:
     """Nothing of what was given up, or settled meanwhile, is lost or counted twice."""
     caller = key(parallel_requests=3, tokens_per_day=1_000, tokens_per_minute=1_000)

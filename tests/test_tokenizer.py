@@ -164,6 +164,28 @@ async def test_long_text_is_encoded_by_a_worker_and_gives_the_same_ids(vocabular
     assert vocabulary.controls(ids) == [vocabulary.added[token]]
 
 
+async def test_a_callers_long_texts_are_not_in_front_of_anothers(demo):
+    """Callers have salts of their own."""
+    may_end = threading.Event()
+
+    class Slow(Watched):
+        def __iter__(self):
+            assert may_end.wait(10)
+            return super().__iter__()
+
+    encode = demo.tokenizer.encode
+    flood = [
+        asyncio.create_task(encode(10**6, lambda: Slow(Plain("a")), cache_salt="a"))
+        for _ in range(5)
+    ]
+    await asyncio.sleep(0)
+    long = [Plain("Hello " * 3_000)]
+    assert len(await encode(10**6, lambda: long, cache_salt="b")) > 3_000
+    assert not any(task.done() for task in flood)
+    may_end.set()
+    assert await asyncio.gather(*flood) == [await encode(1, lambda: [Plain("a")])] * 5
+
+
 def test_the_vocabularys_own_tokenizer_is_left_alone(demo_folder):
     """Others use it, too (vLLM does): protection is switched on in copies."""
     demo = Vocabulary.load(demo_folder)

@@ -63,10 +63,11 @@ class Auth:
             await self._app(scope, receive, send)
             return
         try:
-            caller = self._admitted(scope)
+            caller = self._caller(scope)
             if caller.is_limited and scope["type"] == "http":
                 scope["state"]["record"].sent_by(caller)
                 scope["state"]["record"].headers.update(await self._limits.request(caller))
+            self._check_path(scope, caller)
         except ApiError as error:
             if scope["type"] == "http":
                 scope["state"]["record"].error = error.code
@@ -79,10 +80,11 @@ class Auth:
             scope["state"]["record"].sent_by(caller)
         await self._app(scope, receive, send)
 
-    def _admitted(self, scope: Scope) -> Caller:
+    def _caller(self, scope: Scope) -> Caller:
         client = scope.get("client")
-        caller = self._gate.caller(header(scope, b"authorization"), client[0] if client else "")
+        return self._gate.caller(header(scope, b"authorization"), client[0] if client else "")
+
+    def _check_path(self, scope: Scope, caller: Caller) -> None:
         path: str = scope["path"]
         if not caller.is_admin and path.startswith(self._admin_paths):
             raise PermissionDenied("This needs the key of an administrator.")
-        return caller

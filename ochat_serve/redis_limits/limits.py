@@ -8,13 +8,14 @@ from contextlib import suppress
 from secrets import token_hex
 from typing import Any
 
-from ochat_serve.caller import Caller
+from ochat_serve.caller import Caller, KeyLimits
 from ochat_serve.errors import RateLimited
 from ochat_serve.limits import (
     MINUTE_S,
     Period,
     Periods,
     Reservation,
+    UsedBefore,
     headers,
     no_use_before,
     parallel_limited,
@@ -23,7 +24,7 @@ from ochat_serve.limits import (
     requests_limited,
     tokens_limited,
 )
-from ochat_serve.redis_limits.link import RETRY_S, Argument, Link, Lost, Unanswered
+from ochat_serve.redis_limits.link import RETRY_S, Argument, Link, Lost, Refused, Unanswered
 from ochat_serve.redis_limits.scripts import REQUEST, RESERVE, SETTLE
 
 # A counter is kept beyond its period's end: other machines' clocks may be behind this one's.
@@ -31,7 +32,8 @@ _KEPT_S = 3_600
 
 
 class RedisLimits:
-    """One round trip per question, of which a day's or month's first takes two.
+    """One round trip per question, of which a day's or month's first takes two.  This process'
+    first for a key whose limits were set anew asks for its use before.
 
     ``lease_s``: after so long a reservation that nobody settled, its process being dead, no
     longer counts as a running request.  ``clock`` gives Unix seconds; without it they are Redis'
@@ -46,13 +48,14 @@ class RedisLimits:
         *,
         lease_s: float,
         clock: Callable[[], float] | None = None,
-        used_before: Callable[[str, str], int] = no_use_before,
+        used_before: UsedBefore = no_use_before,
     ) -> None:
         self._link = Link(url)
         self._periods = periods
         self._lease_s = lease_s
         self._clock = clock
         self._used_before = used_before
+        self._learned: dict[str | None, KeyLimits] = {}  # as ``MemoryLimits`` keeps them
         self._unsettled: dict[str, tuple[Reservation, int]] = {}
         self._settling: asyncio.Task[None] | None = None
 
@@ -75,6 +78,8 @@ class RedisLimits:
         reservation = Reservation(caller, tokens, periods, token_hex(8))
         try:
             reply = await self._reserve(reservation, now)
+        except Refused:
+            raise  # what it held of it expires
         except (Unanswered, asyncio.CancelledError):
             self._settle_later(reservation, 0)  # it may be held
             raise
@@ -91,6 +96,8 @@ class RedisLimits:
             return
         try:
             await self._settle(reservation, tokens)
+        except Refused:
+            pass  # its lease expires
         except Lost:
             self._settle_later(reservation, tokens)
         except asyncio.CancelledError:
@@ -108,13 +115,18 @@ class RedisLimits:
         return self._clock() if self._clock is not None else ""
 
     async def _reserve(self, reservation: Reservation, now: float) -> Sequence[Any]:
-        reply: Sequence[Any] = await self._link.run(
-            RESERVE, _keys(reservation), await self._terms(reservation, now, asks=False)
-        )
+        caller = reservation.caller
+        asks = self._learned.get(caller.name) is not caller.limits
+        reply = await self._ask(reservation, now, asks=asks)
         if reply[0] == "unknown":
-            reply = await self._link.run(
-                RESERVE, _keys(reservation), await self._terms(reservation, now, asks=True)
-            )
+            reply = await self._ask(reservation, now, asks=True)
+        if reply[0] != "parallel":  # which comes before the counters
+            self._learned[caller.name] = caller.limits
+        return reply
+
+    async def _ask(self, reservation: Reservation, now: float, *, asks: bool) -> Sequence[Any]:
+        terms = await self._terms(reservation, now, asks=asks)
+        reply: Sequence[Any] = await self._link.run(RESERVE, _keys(reservation), terms)
         return reply
 
     async def _terms(
@@ -129,7 +141,7 @@ class RedisLimits:
             used: Argument = ""
             if asks:
                 assert caller.name is not None
-                used = await asyncio.to_thread(self._used_before, caller.name, period.name)
+                used = await self._used_before(caller.name, period.name)
             terms += [quota, math.ceil(period.ends - now) + _KEPT_S, used]
         return terms
 
@@ -152,7 +164,8 @@ class RedisLimits:
     async def _settle_all(self) -> None:
         with suppress(Lost):
             for reservation, tokens in list(self._unsettled.values()):
-                await self._settle(reservation, tokens)
+                with suppress(Refused):
+                    await self._settle(reservation, tokens)
                 self._unsettled.pop(reservation.id, None)
 
 

@@ -11,7 +11,7 @@ import redis
 import redis.asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 from redis.retry import Retry
 
 from ochat_serve.errors import StartupError, Unavailable
@@ -43,6 +43,10 @@ class Lost(Unavailable):
 
 class Unanswered(Lost):
     """503: Redis was asked, and whether it did what it was asked is not known."""
+
+
+class Refused(Unanswered):
+    """503: Redis works, and cannot do this: something else stands where a limit is kept."""
 
 
 def shown(url: str) -> str:
@@ -89,18 +93,24 @@ class Link:
         self._where = shown(url)
         self._places = asyncio.Semaphore(MAX_CONNECTIONS)
         self._finding: asyncio.Task[None] | None = None
+        self._refused: set[str] = set()  # of which scripts' first keys
 
     async def run(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Any:
-        """What the script returns.  Raises ``Unanswered`` when Redis gets lost, and ``Lost`` at
-        once while it is."""
+        """What the script returns.  Raises ``Unanswered`` when Redis gets lost, ``Lost`` at once
+        while it is, and ``Refused`` for what only these keys stand in the way of."""
         async with self._places:
             if self._finding is not None:
                 raise Lost
             try:
-                return await self._ask(script, keys, args)
+                answer = await self._ask(script, keys, args)
             except FAILURES as error:
+                if isinstance(error, ResponseError) and await self._works():
+                    self._complain(keys[0], error)
+                    raise Refused from error
                 self._lost(error)
                 raise Unanswered from error
+            self._refused.discard(keys[0])
+            return answer
 
     async def close(self) -> None:
         if self._finding is not None:
@@ -114,6 +124,25 @@ class Link:
             except NoScriptError:  # a Redis that has just started
                 return await self._client.eval(script.text, len(keys), *keys, *args)
 
+    async def _works(self) -> bool:
+        try:
+            await self._ask(PROBE, [PROBE_KEY], [])
+        except FAILURES:
+            return False
+        return True
+
+    def _complain(self, key: str, error: Exception) -> None:
+        """Once, until it can be done again."""
+        if key not in self._refused:
+            self._refused.add(key)
+            logger.error(
+                "Limits of one key cannot be kept: %s: what stands at %s or beside it: %s. "
+                "This key gets 503 until that is deleted.",
+                self._where,
+                key,
+                _reason(error),
+            )
+
     def _lost(self, error: Exception) -> None:
         if self._finding is None:
             logger.error(
@@ -125,11 +154,9 @@ class Link:
 
     async def _find(self) -> None:
         while True:
-            try:
-                await self._ask(PROBE, [PROBE_KEY], [])
+            if await self._works():
                 break
-            except FAILURES:
-                await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(RETRY_S)
         self._finding = None
         logger.warning("Limits are kept again: %s works.", self._where)
 

@@ -64,7 +64,7 @@ return {1, tostring(level - 1)}
 
 # KEYS: leases, tokens held, bucket of tokens, counters of the periods that have a quota.
 # ARGV: now, id, tokens, seconds of a lease, limits of parallel requests and of tokens per minute
-# ("" for none); then of each counter: quota, seconds it is kept, what was used before it began
+# ("" for none); then of each counter: quota, seconds it is kept, what was used of it at least
 # ("" where that is not known).
 # Returns {"held", tokens, level}, or what refuses it: {"parallel", limit}, {"quota", which},
 # {"tokens", limit, tokens, level}; {"unknown"}: ask again, with what was used.
@@ -81,15 +81,20 @@ for _, dead in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now)) do
 end
 if parallel and redis.call('ZCARD', KEYS[1]) >= parallel then return {'parallel', parallel} end
 
-local counters = {}
+local counters, used_up = {}, nil
 for i = 4, #KEYS do
   local quota, kept_s, before = ARGV[3 * i - 5], ARGV[3 * i - 4], ARGV[3 * i - 3]
-  local used = redis.call('GET', KEYS[i]) or before
-  if used == '' then return {'unknown'} end
-  if quota - used <= 0 then return {'quota', i - 4} end
+  local used = redis.call('GET', KEYS[i])
+  if before ~= '' then
+    used = math.max(used or 0, before)
+    redis.call('SET', KEYS[i], used, 'EX', kept_s)
+  end
+  if not used then return {'unknown'} end
+  if quota - used <= 0 then used_up = used_up or i - 4 end
   tokens = math.min(tokens, quota - used)
   counters[i] = {used = used, kept_s = kept_s}
 end
+if used_up then return {'quota', used_up} end
 
 local level = ''
 if per_minute then

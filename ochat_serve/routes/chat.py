@@ -32,13 +32,13 @@ def router(serving: Serving, streams: OpenStreams, uploads: Uploads) -> APIRoute
         """Answer a conversation, as one body or as a stream of events."""
         service = serving.require_chat()
         body = await read_json(request, ChatCompletionRequest, uploads)
-        chat = await service.prepare(
-            body, record_of(request), caller_of(request), timeout_of(request.scope)
-        )
-        if chat.form.stream:
-            return EventStream(chat.stream(), chat.headers, streams)
         async with until_disconnect(request.scope, request.receive):
-            answer = await chat.body()
-        return Response(answer, media_type="application/json", headers=chat.headers)
+            chat = await service.prepare(
+                body, record_of(request), caller_of(request), timeout_of(request.scope)
+            )
+            if not chat.form.stream:
+                answer = await chat.body()
+                return Response(answer, media_type="application/json", headers=chat.headers)
+        return EventStream(chat.stream(), chat.headers, streams)
 
     return routes

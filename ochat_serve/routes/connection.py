@@ -55,7 +55,8 @@ def connection_of(scope: Scope) -> Connection | None:
 
 
 class until_disconnect:  # noqa: N801 - used like a function
-    """Run a block for as long as the client stays; raise ``ClientDisconnect`` when it leaves.
+    """Run a block for as long as the client stays; raise ``ClientDisconnect`` when it leaves, or
+    has left already.
 
     The block is cancelled exactly once, so that what it awaits while cleaning up (telling the
     engine) is not cancelled too.
@@ -64,16 +65,19 @@ class until_disconnect:  # noqa: N801 - used like a function
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self._connection = connection_of(scope)
         self._receive = receive
+        self._task: asyncio.Task[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._gone = False
 
     async def __aenter__(self) -> None:
+        if self._connection is not None:
+            self._connection.on_lost(self._leave)
+            if self._gone:
+                raise ClientDisconnect
         task = asyncio.current_task()
         assert task is not None
         self._task = task
-        if self._connection is not None:
-            self._connection.on_lost(self._leave)
-        else:
+        if self._connection is None:
             self._watcher = asyncio.create_task(self._watch())
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -81,12 +85,18 @@ class until_disconnect:  # noqa: N801 - used like a function
             self._connection.on_lost(None)
         if self._watcher is not None:
             self._watcher.cancel()
-        if kind is asyncio.CancelledError and self._gone and self._task.uncancel() == 0:
+        if kind is asyncio.CancelledError and self._gone and self._uncancel() == 0:
             raise ClientDisconnect from None
+
+    def _uncancel(self) -> int:
+        """How many others have cancelled the task."""
+        assert self._task is not None
+        return self._task.uncancel()
 
     def _leave(self) -> None:
         self._gone = True
-        self._task.cancel()
+        if self._task is not None:
+            self._task.cancel()
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

@@ -20,6 +20,7 @@ from ochat_serve.routes.replies import caller_of
 from ochat_serve.usage.counters import ANONYMOUS, COUNTERS, Row, total
 from ochat_serve.usage.database import DatabaseError
 from ochat_serve.usage.ledger import UsageLedger
+from ochat_serve.usage.reader import LedgerReader
 
 logger = logging.getLogger(__name__)
 DEFAULT_DAYS = 30
@@ -48,19 +49,17 @@ class Question:
 def router(ledger: UsageLedger | None, now: Callable[[], float]) -> APIRouter:
     """``now`` gives Unix seconds."""
     routes = APIRouter()
-    # One at a time: a database that hangs must not take the threads that others need.
-    turn = asyncio.Lock()
+    reader = None if ledger is None else LedgerReader(ledger)
 
     @routes.get("/v1/usage", openapi_extra={"parameters": _described()})
     async def usage(request: Request) -> Response:
         """Counters per key and day: the caller's own; for admins, any key's."""
-        if ledger is None:
+        if reader is None:
             raise NotFound("No usage is kept by this server. Start it with --usage-db FILE.")
         today = datetime.fromtimestamp(now(), UTC).date()
         question = _question(request.query_params, caller_of(request), today)
         try:
-            async with turn:
-                body = await asyncio.to_thread(_answer, ledger, question)
+            rows = await reader.read(str(question.start), str(question.end), question.key)
         except DatabaseError as error:
             logger.error("Usage cannot be read: %s", error)
             raise Unavailable(
@@ -68,6 +67,7 @@ def router(ledger: UsageLedger | None, now: Callable[[], float]) -> APIRouter:
                 code="usage_unavailable",
                 retry_after_s=5,
             ) from error
+        body = await asyncio.to_thread(_FORMATS[question.format], rows, question)
         return Response(body, headers=_HEADERS[question.format])
 
     return routes
@@ -132,12 +132,6 @@ def _day(query: QueryParams, name: str) -> date | None:
 
 def _back(day: date, days: int) -> date:
     return day - min(timedelta(days), day - date.min)
-
-
-def _answer(ledger: UsageLedger, question: Question) -> str:
-    """Blocks; raises ``DatabaseError``."""
-    rows = ledger.read(str(question.start), str(question.end), question.key)
-    return _FORMATS[question.format](rows, question)
 
 
 def _json(rows: list[Row], question: Question) -> str:

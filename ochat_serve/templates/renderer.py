@@ -23,6 +23,10 @@ class TemplateRenderer:
         # Formats made of turns encode every text on its own; a chat template's prompt is one text.
         self.begins_with_space = template.adds_bos and encoder.begins_with_space
 
+    def is_long(self, conversation: Conversation) -> bool:
+        chars = _TURN_CHARS * len(conversation.turns) + _text_chars(conversation)
+        return chars > self._encoder.inline_chars
+
     async def render(
         self,
         conversation: Conversation,
@@ -31,7 +35,7 @@ class TemplateRenderer:
     ) -> list[int]:
         chars = _TURN_CHARS * len(conversation.turns)
         if self._template.reads_texts:
-            chars += sum(len(turn.text) for turn in conversation.turns)
+            chars += _text_chars(conversation)
         segments = partial(self._template.segments, conversation)
         return self._bos + await self._encoder.encode(chars, segments, max_tokens, cache_salt)
 
@@ -46,3 +50,7 @@ class TemplateRenderer:
                 "model's tokenizer does not have. Choose another --model-type."
             )
         return (token_id,)
+
+
+def _text_chars(conversation: Conversation) -> int:
+    return sum(len(turn.text) for turn in conversation.turns)

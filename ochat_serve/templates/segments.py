@@ -77,6 +77,11 @@ class SegmentEncoder(Protocol):
         """Whether a text encoded on its own starts with a space that is not in it."""
         ...
 
+    @property
+    def inline_chars(self) -> int:
+        """No more than so many characters are encoded at once; more wait for their turn."""
+        ...
+
     def token_id(self, token: str) -> int | None:
         """The id of one control token, or None where the vocabulary lacks it."""
         ...

@@ -3,6 +3,9 @@
 Several processes may have one database open; every row is added to where it lies.
 """
 
+import ctypes
+import logging
+import math
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +14,7 @@ from typing import Any, Protocol
 
 from ochat_serve.usage.counters import COUNTERS, Counters, Row
 
+logger = logging.getLogger(__name__)
 TABLE = "ochat_usage"
 CREATE = f"""
     CREATE TABLE IF NOT EXISTS {TABLE} (
@@ -29,6 +33,7 @@ _CHECK = f"UPDATE {TABLE} SET requests = requests WHERE 1 = 0"
 # How long another process's transaction is waited for; they take milliseconds.
 BUSY_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 5
+STATEMENT_TIMEOUT_S = 5.0
 _FILE_MODE = 0o600
 _CREATE_LOCK = 0x6F636861745F75  # "ochat_u": any number that nobody else locks
 
@@ -49,15 +54,23 @@ class Database:
     """Connects when it is first needed, and again after an error.  One thread at a time.
 
     ``connect`` gives a connection on which the table exists; ``mark`` is how its statements
-    name a value; ``failures`` is what it raises.
+    name a value; ``failures`` is what it raises; ``first`` is done first in each transaction;
+    ``is_there`` tells whether what is connected is still where ``connect`` would find it.
     """
 
     def __init__(
-        self, connect: Callable[[], Connection], mark: str, failures: tuple[type[Exception], ...]
+        self,
+        connect: Callable[[], Connection],
+        mark: str,
+        failures: tuple[type[Exception], ...],
+        first: str | None = None,
+        is_there: Callable[[], bool] = lambda: True,
     ) -> None:
         self._connect = connect
         self._mark = mark
         self._failures = failures
+        self._first = first
+        self._is_there = is_there
         self._connection: Connection | None = None
 
     def check(self) -> None:
@@ -88,15 +101,30 @@ class Database:
             with suppress(*self._failures):
                 connection.close()
 
+    def _abandon(self, connection: Connection) -> None:
+        # Never closed, not even at the end: SQLite would delete the journal beside it by its
+        # name, and by now that may be the new file's, of another process too.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+        self._connection = None
+        logger.error(
+            "The usage database was removed or replaced while it was in use. What it held is "
+            "where it was moved to, or lost; from now on usage is kept in what is there now."
+        )
+
     def _sql(self, text: str) -> str:
         return text.replace("?", self._mark)
 
     @contextmanager
     def _transaction(self) -> Iterator[Any]:
         try:
+            if self._connection is not None and not self._is_there():
+                self._abandon(self._connection)
             if self._connection is None:
                 self._connection = self._connect()
-            yield self._connection.cursor()
+            cursor = self._connection.cursor()
+            if self._first is not None:
+                cursor.execute(self._first)
+            yield cursor
             self._connection.commit()
         except self._failures as error:
             self.close()  # and with it the transaction
@@ -107,9 +135,12 @@ class Database:
 def sqlite_database(path: str, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> Database:
     """A file, which is made if there is none, in a folder that exists."""
 
+    opened: tuple[int, int] | None = None
+
     def connect() -> Connection:
-        # Made here and not by SQLite, so that only its owner can read it.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, _FILE_MODE))
+        nonlocal opened
+        _make(path)
+        opened = _file_at(path)
         connection = sqlite3.connect(
             path, timeout=busy_timeout_s, isolation_level="IMMEDIATE", check_same_thread=False
         )
@@ -126,10 +157,32 @@ def sqlite_database(path: str, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> Dat
 
     # Absolute, so that no name (":memory:") means something else to SQLite.
     path = os.path.abspath(path)
-    return Database(connect, "?", (sqlite3.Error, OSError))
+    return Database(
+        connect, "?", (sqlite3.Error, OSError), is_there=lambda: _file_at(path) == opened
+    )
 
 
-def postgres_database(url: str) -> Database:
+def _make(path: str) -> None:
+    """A file where none is: here and not by SQLite, so that only its owner can read it."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, _FILE_MODE))
+    except FileExistsError:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, _FILE_MODE))
+        return
+    for journal in ("-wal", "-shm"):  # of one that was removed, and that others may still use
+        with suppress(FileNotFoundError):
+            os.unlink(path + journal)
+
+
+def _file_at(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def postgres_database(url: str, *, statement_timeout_s: float = STATEMENT_TIMEOUT_S) -> Database:
     """By a libpq address.  Raises ``DatabaseError`` if it is none, ``ImportError`` where psycopg 3
     is not installed."""
     import psycopg
@@ -141,18 +194,20 @@ def postgres_database(url: str) -> Database:
         "application_name": "ochat_serve",
     }
     options = patience | _parsed(url)
+    # In each transaction, not in the address: poolers refuse it there, and mix up sessions.
+    first = f"SET LOCAL statement_timeout = {math.ceil(1_000 * statement_timeout_s)}"
 
     def connect() -> Connection:
         # No prepared statements: poolers such as PgBouncer lose them.
         connection = psycopg.connect(**options, prepare_threshold=None)
         try:
-            _create_once(connection)
+            _create_once(connection, first)
         except psycopg.Error:
             connection.close()
             raise
         return connection
 
-    return Database(connect, "%s", (psycopg.Error, OSError))
+    return Database(connect, "%s", (psycopg.Error, OSError), first)
 
 
 def _parsed(url: str) -> dict[str, Any]:
@@ -165,10 +220,11 @@ def _parsed(url: str) -> dict[str, Any]:
     raise DatabaseError("it is not an address that libpq understands")
 
 
-def _create_once(connection: Any) -> None:
+def _create_once(connection: Any, first: str) -> None:
     """Two that create a table at once get in each other's way, even IF NOT EXISTS; and whoever
     may not create one can still use one that is there."""
     with connection.transaction(), connection.cursor() as cursor:
+        cursor.execute(first)
         cursor.execute("SELECT pg_advisory_xact_lock(%s)", (_CREATE_LOCK,))
         cursor.execute("SELECT to_regclass(%s)", (TABLE,))
         if cursor.fetchone() == (None,):

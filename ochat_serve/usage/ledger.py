@@ -13,6 +13,8 @@ from ochat_serve.usage.database import Database, DatabaseError
 
 # A killed process loses what it counted since, and what was on its way: less than a second.
 FLUSH_INTERVAL_S = 0.5
+# At the end a database in trouble is waited for so long: two transactions that are locked out.
+CLOSE_TIMEOUT_S = 12.0
 logger = logging.getLogger(__name__)
 _NOTHING = Usage(0)
 _NO_ERROR = ("finished", "abandoned")
@@ -37,12 +39,19 @@ class UsageLedger:
     else they are nobody's and not counted: they never came past the door."""
 
     def __init__(
-        self, database: Database, *, anonymous: bool, flush_interval_s: float = FLUSH_INTERVAL_S
+        self,
+        database: Database,
+        *,
+        anonymous: bool,
+        flush_interval_s: float = FLUSH_INTERVAL_S,
+        close_timeout_s: float = CLOSE_TIMEOUT_S,
     ) -> None:
         self._database = database
         self._anonymous = anonymous
         self._interval_s = flush_interval_s
+        self._close_timeout_s = close_timeout_s
         self._pending: dict[tuple[str, str], Counters] = {}
+        self._on_its_way: dict[tuple[str, str], Counters] = {}
         self._lock = threading.Lock()  # of ``_pending``; held for microseconds
         self._database_lock = threading.Lock()
         self._failing = False
@@ -91,14 +100,18 @@ class UsageLedger:
         return total(self.read(first_day, last_day, key))
 
     def close(self) -> None:
-        """Carry the rest to the database and close it.  Blocks while the database does."""
+        """Carry the rest to the database and close it.  Blocks while the database does, up to
+        ``close_timeout_s``."""
         self._closing.set()
         self._dirty.set()
-        self._thread.join()
-        lost = sum(counters.requests for counters in self._pending.values())
+        self._thread.join(self._close_timeout_s)
+        hangs = self._thread.is_alive()
+        left = [*self._pending.values(), *(self._on_its_way.values() if hangs else ())]
+        lost = sum(counters.requests for counters in left)
         if lost:
             logger.error("The usage of %d requests was not written and is lost.", lost)
-        self._database.close()
+        if not hangs:  # else its thread has the connection, and ends with the process
+            self._database.close()
 
     def _run(self) -> None:
         closing = False
@@ -114,6 +127,7 @@ class UsageLedger:
         with self._database_lock:
             with self._lock:
                 taken, self._pending = self._pending, {}
+                self._on_its_way = taken
             # Sorted: two processes that lock rows in different orders would lock each other out.
             rows = [Row(key, day, counters) for (key, day), counters in sorted(taken.items())]
             try:
@@ -122,6 +136,8 @@ class UsageLedger:
                 self._keep(taken)
                 self._report(error)
                 return False
+            finally:
+                self._on_its_way = {}
         self._report(None)
         return True
 

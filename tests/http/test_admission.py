@@ -111,6 +111,23 @@ def test_the_queues_deadline_ends_with_the_queue() -> None:
         assert waited.result().status_code == 200
 
 
+@pytest.mark.parametrize(("front_ends", "most"), [(1, 3), (2, 1)])
+def test_no_request_has_more_choices_than_there_are_places(front_ends: int, most: int) -> None:
+    settings = Settings(max_inflight=3, api_server_count=front_ends)
+    engine = ScriptedEngine(script=[s for n in range(most) for s in words("a", index=n)])
+    with live(create_app(settings, Serving(chat=service(engine, settings)))) as server:
+        for n, status in ((most, 200), (most + 1, 400)):
+            answer = httpx.post(server.url + CHAT, json={**ASK, "n": n, "temperature": 1})
+            assert answer.status_code == status
+        assert answer.json()["error"]["param"] == "n"
+        engine.script += words("a", index=most)
+        for greedy in ({"temperature": 0}, {"temperature": 1, "top_p": 0}):  # copies of one
+            answered = httpx.post(server.url + CHAT, json={**ASK, "n": most + 1, **greedy})
+            assert answered.status_code == 200
+        assert f"at most {most} choices, not {most + 1}" in answer.json()["error"]["message"]
+    assert [options.n for _, options in engine.requests] == [most, most + 1, most + 1]
+
+
 def test_a_first_token_lets_the_next_prompt_in() -> None:
     """No more than two steps' worth of prompts are in prefill."""
     with Busy().running() as busy:

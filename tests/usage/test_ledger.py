@@ -187,11 +187,67 @@ def test_a_folder_that_goes_and_comes_back(tmp_path: Path, caplog: pytest.LogCap
     assert stored(folder / "usage") == [Row("a", DAY, of(1))]
 
 
+@pytest.mark.parametrize("act", ["removed", "moved", "replaced"])
+def test_a_file_that_is_taken_away_while_it_is_used(
+    file: Path, caplog: pytest.LogCaptureFixture, act: str
+):
+    with ledger_at(file, AT_ONCE_S) as ledger, ledger_at(file) as other:
+        other.read(*EVER)
+        ledger.add(request())
+        assert eventually(lambda: stored(file))
+        if act == "removed":
+            for path in file.parent.iterdir():
+                path.unlink()
+        else:
+            file.rename(file.with_name("before"))
+        if act == "replaced":
+            new = sqlite_database(str(file))
+            new.check()
+            new.close()
+        ledger.add(request("b"))
+        assert eventually(lambda: file.exists() and caplog.records)
+        assert eventually(lambda: [row.key for row in stored(file)] == ["b"])
+        # Whoever comes later takes nothing from the new file, and both go on in it.
+        assert other.read(*EVER) == [Row("b", DAY, of(1))]
+        for count in (2, 3):
+            ledger.add(request("b"))
+            assert eventually(lambda n=count: other.read(*EVER) == [Row("b", DAY, of(n))])
+        other.add(request("c"))
+    assert stored(file) == [Row("b", DAY, of(3)), Row("c", DAY, of(1))]
+    told = [record.getMessage() for record in caplog.records]
+    assert [said.split(" was ")[0] for said in told] == ["The usage database"] * 2, "once each"
+
+
 def test_what_is_lost_at_the_end_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     with ledger_at(tmp_path / "none" / "usage") as ledger:
         ledger.add(request())
         ledger.add(request("b"))
     assert "usage of 2 requests" in caplog.records[-1].getMessage()
+
+
+def test_a_database_that_hangs_does_not_keep_the_server_from_ending(
+    file: Path, caplog: pytest.LogCaptureFixture
+):
+    writing, may_end = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        writing.set()
+        may_end.wait()
+
+    ledger = UsageLedger(
+        Interrupted(file, hang),
+        anonymous=False,
+        flush_interval_s=AT_ONCE_S,
+        close_timeout_s=0.05,
+    )
+    ledger.add(request())
+    assert writing.wait(5)
+    ledger.add(request("b"))
+    ledger.close()
+    assert "usage of 2 requests" in caplog.records[-1].getMessage()
+    may_end.set()
+    assert eventually(lambda: not ledger._thread.is_alive())
+    ledger.close()  # now that it can be
 
 
 class Interrupted:

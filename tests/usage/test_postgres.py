@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import psycopg
 import pytest
 
 from ochat_serve.errors import StartupError
@@ -109,6 +110,26 @@ def test_a_server_that_goes_and_comes_back(
     ledger.close()
     assert stored(postgres) == [("a", DAY, 4)]
     assert not [record for record in caplog.records if PASSWORD in record.getMessage()]
+
+
+def test_a_locked_table_is_not_waited_for_for_ever(postgres: PostgresServer):
+    """Reading, writing and starting end in an error; then it goes on."""
+    database = postgres_database(postgres.url, statement_timeout_s=0.1)
+    database.check()
+    row = Row("a", DAY, of(1))
+    with psycopg.connect(postgres.url) as other:
+        other.execute("LOCK TABLE ochat_usage IN ACCESS EXCLUSIVE MODE")
+        for act in (
+            lambda: database.read(*EVER, None),
+            lambda: database.add([row]),
+            database.check,
+        ):
+            with pytest.raises(DatabaseError, match="statement timeout"):
+                act()
+        other.rollback()
+    database.add([row])
+    assert database.read(*EVER, None) == [row]
+    database.close()
 
 
 def test_a_user_who_may_only_use_the_table(postgres: PostgresServer):
