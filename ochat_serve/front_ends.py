@@ -21,10 +21,10 @@ from ochat_serve.ending import leave
 from ochat_serve.errors import StartupError
 from ochat_serve.http_server import GRACE_S, HURRY, HURRY_S
 from ochat_serve.loader import PHASES, Share, new_cache_secret, prepare_engine
+from ochat_serve.named_keys import open_key_file
 from ochat_serve.request_log import RequestLog
 from ochat_serve.server import (
     bind_for_each,
-    open_key_file,
     open_log,
     prepare,
     redaction,

@@ -47,6 +47,7 @@ LAYERS = (
         "http_protocol",
         "http_bounds",
         "http_server",
+        "named_keys",
         "usage_db",
         "cli",
     ),
