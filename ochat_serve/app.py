@@ -71,7 +71,8 @@ def create_app(
             asyncio.create_task(serving.watch()),
         ]
         if key_file is not None:
-            background.append(asyncio.create_task(watch(key_file, keys.replace, logger.error)))
+            following = watch(key_file, keys.replace, logger.error, serving.reload.within)
+            background.append(asyncio.create_task(following))
         try:
             yield
         finally:

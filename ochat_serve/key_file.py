@@ -11,7 +11,7 @@ import asyncio
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Literal
@@ -163,18 +163,20 @@ async def watch(
     file: KeyFile,
     apply: Callable[[tuple[Key, ...]], None],
     complain: Callable[[str], None],
+    pause: Callable[[float], Awaitable[bool]],
     interval_s: float = 0.5,
 ) -> None:
     """Hand the keys of every new content to ``apply``; of a trouble ``complain`` once, however
-    often it is met, and leave the keys as they are."""
+    often it is met, and leave the keys as they are.  ``pause`` is ``Nudge.within``: after
+    a nudge the file is read, changed or not."""
     trouble = ""
     while True:
-        await asyncio.sleep(interval_s)
+        nudged = await pause(interval_s)
         try:
-            if await asyncio.to_thread(lambda: file.changed):
+            if nudged or await asyncio.to_thread(lambda: file.changed):
                 apply((await asyncio.to_thread(file.read)).for_ring())
             trouble = ""
         except KeyFileError as error:
-            if str(error) != trouble:
+            if nudged or str(error) != trouble:
                 trouble = str(error)
                 complain(f"{trouble} The keys stay as they were.")

@@ -8,6 +8,7 @@ from ochat_serve.chat_service import ChatService
 from ochat_serve.clock import periods
 from ochat_serve.errors import Unavailable
 from ochat_serve.limits import Limits, MemoryLimits
+from ochat_serve.nudge import Nudge
 
 RETRY_S = 5
 ENGINE_RETRY_S = 10
@@ -16,12 +17,14 @@ _IDLE_S = 1.0
 
 @dataclass
 class Serving:
-    """The app's one piece of changing state.  ``phase`` is a word or two for people."""
+    """The app's one piece of changing state.  ``phase`` is a word or two for people; ``reload``
+    has the files that are followed read now."""
 
     phase: str = "starting"
     chat: ChatService | None = None
     draining: bool = False
     limits: Limits = field(default_factory=lambda: MemoryLimits(time.time, periods))
+    reload: Nudge = field(default_factory=Nudge)
 
     def require_loaded(self) -> ChatService:
         """The service, whether it can answer now or not.  Raises ``Unavailable`` before."""

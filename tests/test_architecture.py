@@ -24,6 +24,7 @@ LAYERS = (
         "admission",
         "limits",
         "key_file",
+        "nudge",
         "key_ring",
         "failed_attempts",
         "remembered",

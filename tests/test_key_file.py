@@ -16,6 +16,7 @@ import pytest
 from ochat_serve import keys
 from ochat_serve.caller import Caller, Key, KeyLimits
 from ochat_serve.key_file import KeyFile, KeyFileError, watch
+from ochat_serve.nudge import Nudge
 from tests.live import eventually
 
 
@@ -257,13 +258,50 @@ async def test_a_revocation_is_not_lost_to_a_moment_without_files(
     complaints: list[str] = []
     with no_file_can_be_opened():
         watching = asyncio.create_task(
-            watch(file, lambda found: seen.append(len(found)), complaints.append, interval_s=0.01)
+            watch(
+                file,
+                lambda found: seen.append(len(found)),
+                complaints.append,
+                Nudge().within,
+                interval_s=0.01,
+            )
         )
         assert await asyncio.to_thread(eventually, lambda: complaints)
         assert not await asyncio.to_thread(eventually, lambda: len(complaints) > 1, 0.2)
     assert await asyncio.to_thread(eventually, lambda: seen == [0])
     watching.cancel()
     assert "Too many open files. The keys stay as they were." in complaints[0]
+
+
+async def test_after_a_nudge_the_file_is_read_changed_or_not(path: Path, command: Command) -> None:
+    command("add alice")
+    file, nudge = KeyFile(str(path)), Nudge()
+    file.read()
+    seen: list[int] = []
+    complaints: list[str] = []
+    watching = asyncio.create_task(
+        watch(
+            file,
+            lambda found: seen.append(len(found)),
+            complaints.append,
+            nudge.within,
+            interval_s=600,
+        )
+    )
+
+    async def nudged_until(told: list[object]) -> None:
+        """Who is not waiting at the moment is not nudged."""
+        count = len(told)
+        while len(told) == count:
+            nudge.give()
+            await asyncio.sleep(0.01)
+
+    await nudged_until(seen)
+    assert seen[0] == 1
+    await asyncio.to_thread(path.write_text, "{")
+    for _ in range(2):  # whoever asks is told again
+        await nudged_until(complaints)
+    watching.cancel()
 
 
 async def test_a_change_is_seen_and_a_broken_file_changes_nothing(
@@ -279,6 +317,7 @@ async def test_a_change_is_seen_and_a_broken_file_changes_nothing(
             file,
             lambda found: seen.append({key.caller.name for key in found}),
             complaints.append,
+            Nudge().within,
             interval_s=0.01,
         )
     )

@@ -14,7 +14,7 @@ from ochat_serve.failed_attempts import ALLOWED
 from ochat_serve.key_file import KeyFile
 from ochat_serve.settings import Settings
 from tests.fakes import ScriptedEngine, Wait, serving, words
-from tests.live import LiveServer, RawClient, live
+from tests.live import LiveServer, RawClient, eventually, live
 
 KEYS = ("sk-first", "sk-second")
 ODD_PATHS = [
@@ -210,6 +210,25 @@ def test_the_key_file_is_followed_and_streams_live_on(
         assert b"[DONE]" in client.read_until(b"[DONE]")
         Path(key_file).write_text("nonsense")
         assert not within_two_seconds(bob, 401)
+
+
+def test_a_reload_reads_the_key_file_again(
+    key_file: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """And tells again what is wrong with it."""
+    manage(key_file, "add alice", capsys)
+    state = serving(ScriptedEngine())
+    app = create_app(Settings(key_file=key_file), state, key_file=KeyFile(key_file))
+    with live(app) as server:
+        Path(key_file).write_text("nonsense")
+        assert eventually(lambda: len(caplog.records) == 1)
+
+        def told_again() -> bool:
+            server.loop.call_soon_threadsafe(state.reload.give)
+            return len(caplog.records) > 1
+
+        assert eventually(told_again)
+    assert "is not valid: Invalid JSON" in caplog.records[1].message
 
 
 def test_a_file_without_keys_opens_nothing(
