@@ -25,6 +25,7 @@ from ochat_serve.middleware.boundary import Boundary
 from ochat_serve.middleware.cors import Cors
 from ochat_serve.middleware.gateway import Gateway
 from ochat_serve.middleware.host import ANY, HostCheck
+from ochat_serve.middleware.owner import OwnerCheck
 from ochat_serve.request_log import Log, RequestRecord
 from ochat_serve.routes import chat, models, ops, usage
 from ochat_serve.routes.event_stream import OpenStreams
@@ -72,7 +73,8 @@ def create_app(
             asyncio.create_task(serving.watch()),
         ]
         if key_file is not None:
-            background.append(asyncio.create_task(watch(key_file, keys.replace, logger.error)))
+            following = watch(key_file, keys.replace, logger.error, serving.reload.within)
+            background.append(asyncio.create_task(following))
         try:
             yield
         finally:
@@ -115,7 +117,8 @@ def _fixed_keys(settings: Settings) -> list[Key]:
 
 
 def _anonymous(settings: Settings) -> Caller | None:
-    """Everybody, where no keys are set: on this machine, its owner; from elsewhere, a user."""
+    """Everybody, where no keys are set: on this machine, its owner (``OwnerCheck`` looks further);
+    from elsewhere, a user."""
     if settings.has_keys:
         return None
     return Caller(None, "admin" if is_loopback(settings.host) else "user")
@@ -154,6 +157,7 @@ def _middleware(
         ),
         *([Middleware(HostCheck, allowed=settings.allowed_hosts)] if checks_host else []),
         Middleware(Auth, gate=gate, limits=limits),
+        *([] if settings.has_keys else [Middleware(OwnerCheck)]),
     ]
 
 

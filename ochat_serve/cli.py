@@ -24,8 +24,9 @@ from pydantic.fields import FieldInfo
 from ochat_serve.errors import StartupError
 from ochat_serve.settings import Settings
 
-# As vLLM's own server spells it: a key must not end up in vLLM's complaint of unknown flags.
-_OTHER_SPELLINGS = {"api_keys": ("--api-key",)}
+# As vLLM's own server spells it, and alike: a key must not end up in vLLM's complaint of unknown
+# flags.
+_OTHER_SPELLINGS = {"api_keys": ("--api-key",), "admin_keys": ("--admin-key",)}
 PROG = "python -m ochat_serve.openai_api_server"
 # Secrets: where else they are read from.  A command line can be seen by every user of a machine.
 SECRETS = {"api_keys": "OCHAT_API_KEYS", "admin_keys": "OCHAT_ADMIN_KEYS"}
@@ -38,6 +39,14 @@ _ADDRESSES = {"usage_db": "OCHAT_USAGE_DB", "redis_url": "OCHAT_REDIS_URL"}
 SECRET_VARIABLES = (*SECRETS.values(), *_ADDRESSES.values())
 # What must not be shown, whatever is wrong with it.
 _HIDDEN = (*SECRETS, *_ADDRESSES)
+_CAN_BE_READ = "on the command line can be read by every user of this machine until"
+_KEYS_TYPED = (
+    f"keys {_CAN_BE_READ} they are hidden: OCHAT_API_KEYS or --key-file keep them to yourself."
+)
+_ADDRESSES_TYPED = (
+    f"an address {_CAN_BE_READ} it is hidden, and a password in it, too: "
+    f"{' and '.join(_ADDRESSES.values())} keep it to yourself."
+)
 # What a flag means that is given without its value, or as a switch in a file: YAML reads the
 # words on and off as true and false.
 _BARE = {"log_content": "full", "self_check": "on"}
@@ -80,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     for name, field in Settings.model_fields.items():
-        flags.add_argument(_flag(name), *_OTHER_SPELLINGS.get(name, ()), **_argument(name, field))
+        flags.add_argument(*_spellings(name), **_argument(name, field))
     flags.add_argument(
         "--config", metavar="FILE", help="YAML file of flags; the command line wins."
     )
@@ -108,8 +117,6 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
         flags.print_help()
         return Command(Settings(), help_all=True)
     known, engine_flags = flags.parse_known_args(arguments)
-    typed = [key for name in SECRETS for key in getattr(known, name) or ()]
-    addresses = [value for name in _ADDRESSES if "@" in (value := getattr(known, name) or "")]
     if known.config is not None:
         known, engine_flags = flags.parse_known_args([*config_flags(known.config), *arguments])
     given = {name: value for name, value in vars(known).items() if value is not None}
@@ -118,30 +125,40 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Comma
     }
     fields = {name: value for name, value in given.items() if name in Settings.model_fields}
     engine_flags, notices = _translate_old(known, engine_flags)
-    if typed:
-        notices.append(
-            "keys on the command line can be read by every user of this machine until they are "
-            "hidden: OCHAT_API_KEYS or --key-file keep them to yourself."
-        )
+    title, warnings = _as_others_may_see(argv)
     return Command(
         settings=_settings(fields),
         engine_flags=tuple(engine_flags),
         revision=known.revision,
-        notices=tuple(notices),
-        title=_without([*typed, *addresses], argv) if typed or addresses else None,
+        notices=(*notices, *warnings),
+        title=title if warnings else None,
     )
 
 
-def _without(secrets: Sequence[str], argv: Sequence[str]) -> str:
-    """The command line as others may see it."""
-    hidden = dict.fromkeys(secrets, "***")
-    words = [
-        flag.partition("=")[0] + "=***"
-        if flag.partition("=")[2] in hidden
-        else hidden.get(flag, flag)
-        for flag in argv
-    ]
-    return " ".join((PROG, *words))
+def _as_others_may_see(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The command line without its secrets, and what to tell the user of them."""
+    names = {flag: name for name in _HIDDEN for flag in _spellings(name)}
+    words, warnings = [PROG], []
+    name = ""
+    for word in argv:
+        before, value = "", word
+        if word.startswith("-"):
+            flag, equals, value = word.partition("=")
+            before, name = flag + equals, names.get(_with_dashes(flag), "")
+        warning = _warning(name, value)
+        words.append(before + ("***" if warning else value))
+        warnings += [warning] if warning else []
+    return " ".join(words), list(dict.fromkeys(warnings))
+
+
+def _warning(name: str, value: str) -> str | None:
+    """Of a secret in the value of a flag, if there may be one."""
+    if name in SECRETS and value:
+        return _KEYS_TYPED
+    # Before the host, and in options behind it.
+    if name in _ADDRESSES and re.search("[@?]", value):
+        return _ADDRESSES_TYPED
+    return None
 
 
 def config_flags(path: str) -> list[str]:
@@ -176,12 +193,19 @@ def _config_flag(name: str, value: Any) -> list[str]:
     if isinstance(value, dict) or field in _JSON_LISTS:
         return [f"--{name}", json.dumps(value)]
     if isinstance(value, list):
+        if any(item is None or isinstance(item, list | dict) for item in value):
+            # As a text it would be one that can be guessed: a key "None", say.
+            raise StartupError(f"--{name} has an item in the file that is no plain value.")
         return [f"--{name}", *map(str, value)]
     return [f"--{name}", str(value)]
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _spellings(name: str) -> tuple[str, ...]:
+    return (_flag(name), *_OTHER_SPELLINGS.get(name, ()))
 
 
 def _argument(name: str, field: FieldInfo) -> dict[str, Any]:

@@ -5,6 +5,7 @@ whole server of ``server`` with an engine that it shares.  Each adds to the one 
 """
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -19,12 +20,12 @@ from ochat_serve import cli, usage_db
 from ochat_serve.cli import say
 from ochat_serve.ending import leave
 from ochat_serve.errors import StartupError
-from ochat_serve.http_server import GRACE_S, HURRY, HURRY_S
+from ochat_serve.http_server import GRACE_S, HURRY, HURRY_S, RELOAD
 from ochat_serve.loader import PHASES, Share, new_cache_secret, prepare_engine
+from ochat_serve.named_keys import open_key_file
 from ochat_serve.request_log import RequestLog
 from ochat_serve.server import (
     bind_for_each,
-    open_key_file,
     open_log,
     prepare,
     redaction,
@@ -52,6 +53,7 @@ class Work:
 
 def run(command: cli.Command) -> int:
     """Serve until a signal ends it.  Returns the exit code; raises ``StartupError``."""
+    signal.signal(RELOAD, signal.SIG_IGN)  # until there is a front end to read anything again
     prepare(command)
     settings = command.settings
     count = settings.api_server_count
@@ -78,6 +80,7 @@ def run(command: cli.Command) -> int:
             work,
             stop_timeout_s=settings.drain_s + GRACE_S + HURRY_S,
             hurry=HURRY,
+            reload=RELOAD,
         )
     finally:
         if pipes is not None:

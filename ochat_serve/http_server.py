@@ -24,6 +24,8 @@ from ochat_serve.tls import Certificate, kept_fresh
 
 # To front ends, whose parent counts the signals: end now.
 HURRY = signal.SIGUSR2
+# What administrators send to have files read again.
+RELOAD = signal.SIGHUP
 # For the last bytes of those that were given up, and for clients that are slow to close.
 GRACE_S = 5
 HURRIED_GRACE_S = 1
@@ -65,7 +67,7 @@ class HttpServer(uvicorn.Server):
         self.children.end(CHILDREN_GRACE_S)
 
     async def serve(self, sockets: list[socket] | None = None) -> None:
-        async with kept_fresh(self._certificate, say):
+        async with kept_fresh(self._certificate, say, self._serving.reload.within):
             await super().serve(sockets)
 
     @contextlib.contextmanager
@@ -75,6 +77,8 @@ class HttpServer(uvicorn.Server):
         before = {number: signal.signal(number, self.handle_exit) for number in signals}
         threading.Thread(target=self._end_by_force, name="end", daemon=True).start()
         self.loop.set_result(asyncio.get_running_loop())
+        before[RELOAD] = signal.signal(RELOAD, self._handle_reload)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {RELOAD})  # a front end is started without it
         try:
             yield
         finally:
@@ -88,6 +92,13 @@ class HttpServer(uvicorn.Server):
             self.hurry(0)
         else:
             self._serving.draining = True
+
+    def _handle_reload(self, sig: int, frame: FrameType | None) -> None:
+        self.loop.result().call_soon_threadsafe(self._reload)
+
+    def _reload(self) -> None:
+        self._serving.reload.give()
+        say("SIGHUP: the key file and the certificate are read again")
 
     def hurry(self, exit_code: int, reason: str = "") -> None:
         """End now, from any thread: in good order if that takes no longer than ``HURRY_S``, else

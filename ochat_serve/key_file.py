@@ -10,8 +10,9 @@ A name has several secrets while one replaces another.
 import asyncio
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import stat
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -86,10 +87,11 @@ class KeyFile:
 
     def read(self) -> Content:
         """Raises ``KeyFileError``."""
-        self._seen = self._state()
+        state = self._state()
         try:
             with self.path.open("rb") as file:
                 text = file.read(_MAX_BYTES)
+            self._seen = state  # what could not be read, for whatever moment, is still to be seen
             content = Content.model_validate_json(text)
         except OSError as error:
             raise KeyFileError(
@@ -114,19 +116,20 @@ class KeyFile:
             found = self.path.stat()
         except OSError:
             return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
+        return found.st_ctime_ns, found.st_mtime_ns, found.st_size, found.st_ino
 
     @contextmanager
     def edited(self) -> Iterator[Content]:
         """The content to change, written back at the end, whole or not at all.  A file that does
-        not exist is empty.  Raises ``KeyFileError``."""
-        if not self.path.parent.is_dir():  # the lock would make it
-            raise KeyFileError(f"There is no folder {self.path.parent} for a key file.")
+        not exist is empty.  Links are followed, and stay.  Raises ``KeyFileError``."""
+        path = Path(os.path.realpath(self.path))
+        if not path.parent.is_dir():  # the lock would make it
+            raise KeyFileError(f"There is no folder {path.parent} for a key file.")
         try:
-            with FileLock(f"{self.path}.lock", mode=0o600, timeout=10):
-                content = self.read() if self.path.exists() else Content()
+            with FileLock(f"{path}.lock", mode=0o600, timeout=10):
+                content = self.read() if path.exists() else Content()
                 yield content
-                self._write(content)
+                _write(path, content)
         except TimeoutError as error:
             raise KeyFileError(f"The key file {self.path} is being edited elsewhere.") from error
         except OSError as error:
@@ -134,29 +137,47 @@ class KeyFile:
                 f"The key file {self.path} cannot be written: {error.strerror}."
             ) from error
 
-    def _write(self, content: Content) -> None:
-        new = self.path.with_name(f".{self.path.name}.new")
-        new.unlink(missing_ok=True)
-        told = {"version": 1, **content.model_dump(mode="json", exclude_defaults=True)}
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(json.dumps(told, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(self.path)
+
+def _write(path: Path, content: Content) -> None:
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)
+    told = {"version": 1, **content.model_dump(mode="json", exclude_defaults=True)}
+    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(json.dumps(told, indent=1) + "\n")
+        file.flush()
+        with suppress(FileNotFoundError):
+            _give(file.fileno(), path.stat())
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def _give(descriptor: int, old: os.stat_result) -> None:
+    """The owner, group and mode of the file before: who could read it still can, whoever edits
+    it.  Where that is not the editor's to give, the file is the editor's."""
+    for owner in ((-1, old.st_gid), (old.st_uid, -1)):
+        with suppress(PermissionError):
+            os.fchown(descriptor, *owner)
+    os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
 
 
 async def watch(
     file: KeyFile,
     apply: Callable[[tuple[Key, ...]], None],
     complain: Callable[[str], None],
+    pause: Callable[[float], Awaitable[bool]],
     interval_s: float = 0.5,
 ) -> None:
-    """Hand the keys of every new content to ``apply``; of a broken one ``complain`` once, and
-    leave the keys as they are."""
+    """Hand the keys of every new content to ``apply``; of a trouble ``complain`` once, however
+    often it is met, and leave the keys as they are.  ``pause`` is ``Nudge.within``: after
+    a nudge the file is read, changed or not."""
+    trouble = ""
     while True:
-        await asyncio.sleep(interval_s)
+        nudged = await pause(interval_s)
         try:
-            if await asyncio.to_thread(lambda: file.changed):
+            if nudged or await asyncio.to_thread(lambda: file.changed):
                 apply((await asyncio.to_thread(file.read)).for_ring())
+            trouble = ""
         except KeyFileError as error:
-            complain(f"{error} The keys stay as they were.")
+            if nudged or str(error) != trouble:
+                trouble = str(error)
+                complain(f"{trouble} The keys stay as they were.")

@@ -9,7 +9,7 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Callable, MutableSequence
+from collections.abc import MutableSequence
 
 import setproctitle
 import uvicorn
@@ -23,9 +23,9 @@ from ochat_serve.errors import StartupError
 from ochat_serve.http_bounds import HEADER_TIMEOUT_S, Bounds
 from ochat_serve.http_protocol import HttpProtocol
 from ochat_serve.http_server import HttpServer
-from ochat_serve.key_file import Content, KeyFile, KeyFileError
 from ochat_serve.limits import Limits, MemoryLimits, no_use_before
 from ochat_serve.loader import Load, Loader, Share
+from ochat_serve.named_keys import open_key_file
 from ochat_serve.request_log import Log, LogFile, Redaction, RequestLog, Retention
 from ochat_serve.serving import Serving
 from ochat_serve.settings import Settings
@@ -218,32 +218,6 @@ def _bind_problem(host: str, port: int, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return f"Port {port} of {host} is in use. Stop the other server or choose another --port."
     return f"{host}:{port} cannot be bound: {error.strerror}."
-
-
-def open_key_file(settings: Settings) -> KeyFile | None:
-    """The key file, after one reading.  Raises ``StartupError``."""
-    if settings.key_file is None:
-        return None
-    file = KeyFile(settings.key_file, _limits_can_be_kept(settings))
-    try:
-        file.read()
-    except KeyFileError as error:
-        raise StartupError(str(error)) from error
-    return file
-
-
-def _limits_can_be_kept(settings: Settings) -> Callable[[Content], None]:
-    def check(content: Content) -> None:
-        if settings.api_server_count == 1 or settings.redis_url is not None:
-            return
-        for name, entry in content.keys.items():
-            if entry.caller(name).is_limited:
-                raise KeyFileError(
-                    f"The key {name} has limits, which {settings.api_server_count} front ends can "
-                    "keep together in Redis only: give --redis-url, or --api-server-count 1."
-                )
-
-    return check
 
 
 def check_redis(settings: Settings) -> None:

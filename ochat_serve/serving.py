@@ -9,6 +9,7 @@ from ochat_serve.clock import periods
 from ochat_serve.errors import Unavailable
 from ochat_serve.generation import Engine
 from ochat_serve.limits import Limits, MemoryLimits
+from ochat_serve.nudge import Nudge
 
 RETRY_S = 5
 ENGINE_RETRY_S = 10
@@ -18,13 +19,15 @@ _IDLE_S = 1.0
 @dataclass
 class Serving:
     """The app's one piece of changing state.  ``phase`` is a word or two for people; ``engine``
-    is there before ``chat``, while its answers are checked."""
+    is there before ``chat``, while its answers are checked; ``reload`` has the files that are
+    followed read now."""
 
     phase: str = "starting"
     chat: ChatService | None = None
     draining: bool = False
     limits: Limits = field(default_factory=lambda: MemoryLimits(time.time, periods))
     engine: Engine | None = None
+    reload: Nudge = field(default_factory=Nudge)
 
     def require_loaded(self) -> ChatService:
         """The service, whether it can answer now or not.  Raises ``Unavailable`` before."""

@@ -6,7 +6,7 @@ Each handshake takes the newest pair of files that fitted; connections keep thei
 import asyncio
 import os
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
 from ochat_serve.errors import StartupError
@@ -40,13 +40,13 @@ class Certificate:
     def _choose(self, connection: ssl.SSLObject, *_: object) -> None:
         connection.context = self._newest
 
-    def refresh(self) -> str | None:
-        """Load the files if they have changed and lie still since the last call.  What to say
-        of it: once for a pair that does not fit, however often it is tried again."""
+    def refresh(self, *, at_once: bool = False) -> str | None:
+        """Load the files if they have changed and, but ``at_once``, lie still since the last call.
+        What to say of it: once for a pair that does not fit, however often it is tried again."""
         before, self._polled = self._polled, self._signature()
         if self._polled == self._loaded:
             self._failing = False
-        elif self._polled == before:
+        elif at_once or self._polled == before:
             return self._reload()
         return None
 
@@ -65,24 +65,32 @@ class Certificate:
 
 @asynccontextmanager
 async def kept_fresh(
-    certificate: Certificate | None, say: Callable[[str], None]
+    certificate: Certificate | None,
+    say: Callable[[str], None],
+    pause: Callable[[float], Awaitable[bool]],
 ) -> AsyncIterator[None]:
     """Reload the certificate, if there is one, when its files change within the block.  ``say``
-    gets sentences for whoever runs the server."""
-    watcher = asyncio.create_task(_watch(certificate, say)) if certificate is not None else None
+    gets sentences for whoever runs the server; ``pause`` is ``Nudge.within``."""
+    if certificate is None:
+        yield
+        return
+    watcher = asyncio.create_task(_watch(certificate, say, pause))
     try:
         yield
     finally:
-        if watcher is not None:
-            watcher.cancel()
-            with suppress(asyncio.CancelledError):
-                await watcher
+        watcher.cancel()
+        with suppress(asyncio.CancelledError):
+            await watcher
 
 
-async def _watch(certificate: Certificate, say: Callable[[str], None]) -> None:
+async def _watch(
+    certificate: Certificate,
+    say: Callable[[str], None],
+    pause: Callable[[float], Awaitable[bool]],
+) -> None:
     while True:
-        await asyncio.sleep(POLL_INTERVAL_S)
-        sentence = await asyncio.to_thread(certificate.refresh)
+        at_once = await pause(POLL_INTERVAL_S)
+        sentence = await asyncio.to_thread(certificate.refresh, at_once=at_once)
         if sentence is not None:
             say(sentence)
 

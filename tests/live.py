@@ -16,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from ochat_serve.http_protocol import HttpProtocol
+from ochat_serve.nudge import Nudge
 from ochat_serve.tls import Certificate, kept_fresh
 
 T = TypeVar("T")
@@ -62,7 +63,7 @@ class LiveServer:
         async def main() -> None:
             self.loop = asyncio.get_running_loop()
             self.loop.set_exception_handler(lambda _, context: self.unhandled.append(context))
-            async with kept_fresh(self._certificate, self.said.append):
+            async with kept_fresh(self._certificate, self.said.append, Nudge().within):
                 await self._server.serve(sockets=[self._socket])
 
         with asyncio.Runner(loop_factory=self._new_loop) as runner:

@@ -284,7 +284,41 @@ def test_passwords_in_addresses_are_hidden_from_the_command_line():
     told = command("--redis-url redis://:pw@h --usage-db=postgresql://me:pw@h/d --port 1")
     assert told.title is not None
     assert told.title.endswith("--redis-url *** --usage-db=*** --port 1")
-    assert command("--redis-url redis://h --port 1").title is None
+    (notice,) = told.notices
+    assert "OCHAT_USAGE_DB and OCHAT_REDIS_URL keep it to yourself" in notice
+    plain = command("--redis-url redis://h --usage-db usage.sqlite --port 1")
+    assert (plain.title, plain.notices) == (None, ())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--redis-url redis://h/0?password=sekret",
+        "--redis_url=rediss://h?username=me&password=sekret",
+        "--usage-db postgresql://h/d?user=u&password=sekret",
+        "--usage_db=postgres:///d?password=sekret",
+        # Of a flag that is given twice the last one counts, and both are shown.
+        "--redis-url redis://:sekret@h --redis-url redis://h",
+        "--api-keys sekret --api-keys other",
+        "--api_keys=sekret --api-key other",
+        "--admin-key sekret",
+        "--admin_key=sekret",
+    ],
+)
+def test_secrets_are_hidden_wherever_they_stand(line: str):
+    told = command(f"{line} --port 1 -tp 2")
+    assert told.title is not None
+    assert "sekret" not in told.title
+    assert told.title.endswith(" --port 1 -tp 2")
+    assert "can be read by every user" in told.notices[0]
+
+
+def test_a_key_under_another_spelling_is_not_passed_on():
+    """vLLM's complaint of an unknown flag would show it."""
+    for flag, name in (("--api-key", "api_keys"), ("--admin-key", "admin_keys")):
+        told = command(f"{flag} {SECRET}")
+        assert keys(told, name) == [SECRET]
+        assert told.engine_flags == ()
 
 
 @pytest.mark.parametrize(
@@ -498,6 +532,16 @@ def test_an_empty_config_file_changes_nothing(tmp_path: Path, text: str):
 def test_a_config_file_that_is_none(tmp_path: Path, text: str, reason: str):
     argv = config(tmp_path, text)
     assert refusal(argv).startswith(f"--config {argv[1]} {reason}")
+
+
+@pytest.mark.parametrize("items", ["[null]", "[k, ~]", "\n- k\n-\n", "[[k]]", "[{k: v}]"])
+@pytest.mark.parametrize("name", ["api-keys", "admin_keys", "served-model-name", "made-up"])
+def test_an_item_in_a_config_file_that_is_no_value(tmp_path: Path, name: str, items: str):
+    """An empty one would be the key "None"."""
+    flag = "--" + name.replace("_", "-")
+    assert refusal(config(tmp_path, f"{name}: {items}")) == (
+        f"{flag} has an item in the file that is no plain value."
+    )
 
 
 def test_a_config_file_that_cannot_be_read(tmp_path: Path):

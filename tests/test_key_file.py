@@ -1,10 +1,14 @@
 """The key file and the command that manages it; a running server follows it."""
 
 import asyncio
+import contextlib
 import hashlib
 import json
+import os
 import re
+import resource
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ import pytest
 from ochat_serve import keys
 from ochat_serve.caller import Caller, Key, KeyLimits
 from ochat_serve.key_file import KeyFile, KeyFileError, watch
+from ochat_serve.nudge import Nudge
 from tests.live import eventually
 
 
@@ -166,6 +171,140 @@ def test_many_commands_at_once_lose_no_key(path: Path) -> None:
     assert in_force(path).keys() == {f"k{n}" for n in range(20)}
 
 
+def edited(path: Path) -> contextlib.AbstractContextManager[object]:
+    return KeyFile(str(path)).edited()
+
+
+def test_who_could_read_the_file_still_can(path: Path, command: Command) -> None:
+    """It is often edited by root and read by a server that is not."""
+    command("add alice")
+    nobody = 65_534
+    if os.geteuid() == 0:
+        os.chown(path, nobody, nobody)
+    path.chmod(0o640)
+    before = path.stat()
+    command("revoke alice")
+    after = path.stat()
+    assert after.st_ino != before.st_ino
+    assert (after.st_mode, after.st_uid, after.st_gid) == (
+        before.st_mode,
+        before.st_uid,
+        before.st_gid,
+    )
+
+
+def test_a_link_stays_and_what_it_points_to_is_edited(path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    target = folder / "real.json"
+    path.symlink_to(target)
+    for name in ("alice", "bob"):  # the first one makes the file
+        assert keys.main(["--key-file", str(path), "add", name]) == 0
+    assert path.is_symlink()
+    assert in_force(target).keys() == {"alice", "bob"}
+    assert {file.name for file in folder.iterdir()} == {"real.json", "real.json.lock"}
+    target.unlink()
+    folder.joinpath("real.json.lock").unlink()
+    folder.rmdir()
+    with pytest.raises(KeyFileError, match=f"There is no folder {folder}"), edited(path):
+        pass
+    path.unlink()
+    path.symlink_to(path)
+    with pytest.raises(KeyFileError, match="Too many levels"), edited(path):
+        pass
+
+
+@contextlib.contextmanager
+def no_file_can_be_opened() -> Iterator[None]:
+    """As in a server with too many connections."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_what_could_not_be_read_is_still_to_be_seen(path: Path, command: Command) -> None:
+    command("add alice")
+    file = KeyFile(str(path))
+    file.read()
+    assert not file.changed
+    command("revoke alice")
+    with no_file_can_be_opened(), pytest.raises(KeyFileError, match="Too many open files"):
+        file.read()
+    assert file.changed
+    assert file.read().keys == {}
+    assert not file.changed
+
+
+def test_a_change_that_keeps_size_and_time_is_one(path: Path, command: Command) -> None:
+    command("add alice")
+    file = KeyFile(str(path))
+    file.read()
+    seen = path.stat()
+    path.write_text(path.read_text().replace("alice", "carol"))
+    os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    assert file.changed
+
+
+async def test_a_revocation_is_not_lost_to_a_moment_without_files(
+    path: Path, command: Command
+) -> None:
+    command("add alice")
+    file = KeyFile(str(path))
+    file.read()
+    command("revoke alice")
+    seen: list[int] = []
+    complaints: list[str] = []
+    with no_file_can_be_opened():
+        watching = asyncio.create_task(
+            watch(
+                file,
+                lambda found: seen.append(len(found)),
+                complaints.append,
+                Nudge().within,
+                interval_s=0.01,
+            )
+        )
+        assert await asyncio.to_thread(eventually, lambda: complaints)
+        assert not await asyncio.to_thread(eventually, lambda: len(complaints) > 1, 0.2)
+    assert await asyncio.to_thread(eventually, lambda: seen == [0])
+    watching.cancel()
+    assert "Too many open files. The keys stay as they were." in complaints[0]
+
+
+async def test_after_a_nudge_the_file_is_read_changed_or_not(path: Path, command: Command) -> None:
+    command("add alice")
+    file, nudge = KeyFile(str(path)), Nudge()
+    file.read()
+    seen: list[int] = []
+    complaints: list[str] = []
+    watching = asyncio.create_task(
+        watch(
+            file,
+            lambda found: seen.append(len(found)),
+            complaints.append,
+            nudge.within,
+            interval_s=600,
+        )
+    )
+
+    async def nudged_until(told: list[object]) -> None:
+        """Who is not waiting at the moment is not nudged."""
+        count = len(told)
+        while len(told) == count:
+            nudge.give()
+            await asyncio.sleep(0.01)
+
+    await nudged_until(seen)
+    assert seen[0] == 1
+    await asyncio.to_thread(path.write_text, "{")
+    for _ in range(2):  # whoever asks is told again
+        await nudged_until(complaints)
+    watching.cancel()
+
+
 async def test_a_change_is_seen_and_a_broken_file_changes_nothing(
     path: Path, command: Command
 ) -> None:
@@ -179,6 +318,7 @@ async def test_a_change_is_seen_and_a_broken_file_changes_nothing(
             file,
             lambda found: seen.append({key.caller.name for key in found}),
             complaints.append,
+            Nudge().within,
             interval_s=0.01,
         )
     )

@@ -126,6 +126,18 @@ def test_a_second_signal_ends_it_now(tmp_path: Path, sig: signal.Signals) -> Non
     assert log(tmp_path) == [(200, "shutdown", "shutting_down")]
 
 
+@pytest.mark.parametrize("parent", [[], ["--has-parent"]])
+def test_a_hangup_reads_files_again_and_stops_nothing(tmp_path: Path, parent: list[str]) -> None:
+    with scripted(tmp_path, *parent) as server, begun_stream(server) as stream:
+        server.process.send_signal(signal.SIGHUP)
+        said = "ochat_serve: SIGHUP: the key file and the certificate are read again\n"
+        assert eventually(lambda: said in server.output)
+        assert not is_draining(server)
+        httpx.post(server.url + "/release")
+        assert b'"content":"lo"' in stream.read_until(END)
+        assert server.stop() == 0
+
+
 def test_a_front_end_does_not_count_signals(tmp_path: Path) -> None:
     """Its parent does: a supervisor may send one to every process, and then the parent again."""
     with scripted(tmp_path, "--has-parent") as server, begun_stream(server) as stream:

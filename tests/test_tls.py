@@ -84,6 +84,15 @@ def test_a_changed_pair_is_taken_when_it_lies_still(authority: Authority) -> Non
     assert certificate.refresh() is None
 
 
+def test_a_changed_pair_is_taken_at_once_if_that_is_asked_for(authority: Authority) -> None:
+    pair, new = authority.issue("a"), authority.issue("b")
+    certificate = opened(pair)
+    assert certificate.refresh(at_once=True) is None
+    pair.replace_with(new)
+    assert certificate.refresh(at_once=True) == "the new certificate is in use"
+    assert shown(certificate, authority.context) == new.der
+
+
 def test_links_are_followed(authority: Authority, tmp_path: Path) -> None:
     """certbot's names are links to files that never change."""
     a, b = authority.issue("a"), authority.issue("b")

@@ -22,7 +22,11 @@ from vllm.v1.utils import APIServerProcessManager, wait_for_completion_or_failur
 
 from ochat_serve.ending import Children
 from ochat_serve.engine.errors import first_sentence, startup_errors
-from ochat_serve.engine.processes import how_it_ended, started_without_interrupt
+from ochat_serve.engine.processes import (
+    how_it_ended,
+    started_with_blocked,
+    started_without_interrupt,
+)
 from ochat_serve.errors import StartupError
 
 # In a front end: (what the parent handed over, where the engine is) -> its exit code
@@ -45,16 +49,18 @@ def run_group(
     *,
     stop_timeout_s: float,
     hurry: signal.Signals,
+    reload: signal.Signals,
 ) -> int:
     """Launch the engine and ``count`` front ends; returns after a signal, when all have ended: the
     exit code.  After a second signal the front ends get ``hurry``.
+    ``reload`` is passed on to them; they are started with it blocked.
 
     ``front_end(work, connection)`` runs in each of the processes; ``work`` is pickled.  Raises
     ``StartupError`` for an engine that does not start and for a process that dies.
     """
     setup_multiprocess_prometheus()
     args._api_process_count, args._api_process_rank = count, PARENT_RANK
-    signals = _Signals(hurry)
+    signals = _Signals(hurry, reload)
     with signals.handled(), suppress(Stopped), startup_errors(args.model):
         config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
         listeners = bind_engine_zmq_listeners(config, count)
@@ -81,18 +87,19 @@ def _run(
                 launched = started.enter_context(launch)
                 engines, coordinator = launched.engine_manager, launched.coordinator
                 publisher = coordinator.get_stats_publish_address() if coordinator else None
-                manager = APIServerProcessManager(
-                    listen_address="",
-                    sock=None,
-                    # Handed on as it is.
-                    args=(*work, [process.pid for process in engines.processes]),
-                    num_servers=count,
-                    input_listeners=listeners.inputs,
-                    output_listeners=listeners.outputs,
-                    target_server_fn=_enter,
-                    stats_update_address=publisher,
-                    tensor_queue=launched.tensor_queue,
-                )
+                with started_with_blocked(signals.reload):
+                    manager = APIServerProcessManager(
+                        listen_address="",
+                        sock=None,
+                        # Handed on as it is.
+                        args=(*work, [process.pid for process in engines.processes]),
+                        num_servers=count,
+                        input_listeners=listeners.inputs,
+                        output_listeners=listeners.outputs,
+                        target_server_fn=_enter,
+                        stats_update_address=publisher,
+                        tensor_queue=launched.tensor_queue,
+                    )
             children.look()
             signals.front_ends = launched.watched_frontend_processes = manager.processes
         try:
@@ -125,9 +132,10 @@ class _Signals:
     """The first one raises ``Stopped``, and the front ends are asked to finish; from the second on
     they are told to hurry."""
 
-    def __init__(self, hurry: signal.Signals) -> None:
+    def __init__(self, hurry: signal.Signals, reload: signal.Signals) -> None:
         self.front_ends: Sequence[BaseProcess] = ()
         self.exit_code = 0
+        self.reload = reload
         self._hurry = hurry
         self._stopped = False
 
@@ -136,14 +144,18 @@ class _Signals:
             self._stopped = True
             raise Stopped
         self.exit_code = 128 + number
+        self._pass_on(self._hurry)
+
+    def _pass_on(self, number: int, frame: FrameType | None = None) -> None:
         for process in self.front_ends:
             if process.pid is not None and process.is_alive():
-                os.kill(process.pid, self._hurry)
+                os.kill(process.pid, number)
 
     @contextmanager
     def handled(self) -> Iterator[None]:
         numbers = (signal.SIGTERM, signal.SIGINT)
         before = {number: signal.signal(number, self._handle) for number in numbers}
+        before[self.reload] = signal.signal(self.reload, self._pass_on)
         try:
             yield
         finally:

@@ -18,7 +18,15 @@ def started_without_interrupt() -> Iterator[None]:
     would stop the engine under streams that the server lets finish."""
     # It would unblock the signal when it is started, which is with the first process.
     resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    with started_with_blocked(signal.SIGINT):
+        yield
+
+
+@contextmanager
+def started_with_blocked(number: signal.Signals) -> Iterator[None]:
+    """Processes started within see that signal when they unblock it: until then it would end
+    them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield
     finally:

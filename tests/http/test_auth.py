@@ -14,7 +14,7 @@ from ochat_serve.failed_attempts import ALLOWED
 from ochat_serve.key_file import KeyFile
 from ochat_serve.settings import Settings
 from tests.fakes import ScriptedEngine, Wait, serving, words
-from tests.live import LiveServer, RawClient, live
+from tests.live import LiveServer, RawClient, eventually, live
 
 KEYS = ("sk-first", "sk-second")
 ODD_PATHS = [
@@ -118,6 +118,33 @@ def test_without_keys_only_this_machine_is_an_administrator(host: str, status: i
         assert httpx.get(server.url + "/metrics").status_code == status
 
 
+@pytest.mark.parametrize(
+    ("told", "trusted"),
+    [
+        ({"x-forwarded-for": "203.0.113.7"}, ("127.0.0.1",)),
+        # What a client has written, passed on by a gateway that should not have.
+        ({"x-forwarded-for": "127.0.0.1"}, ("127.0.0.1",)),
+        ({"x-forwarded-for": "unknown"}, ("127.0.0.1",)),
+        ({"x-forwarded-for": "203.0.113.7"}, ()),
+        ({"forwarded": "for=203.0.113.7"}, ()),
+        ({"via": "1.1 gateway"}, ()),
+        ({"x-real-ip": "203.0.113.7"}, ()),
+    ],
+)
+def test_who_comes_through_a_gateway_is_no_administrator(
+    told: dict[str, str], trusted: tuple[str, ...]
+) -> None:
+    """Without keys: the gateway stands on this machine, its clients elsewhere."""
+    settings = Settings(forwarded_allow_ips=trusted)
+    with live(create_app(settings, serving(ScriptedEngine()))) as server:
+        for path in ("/metrics", "/openapi.json"):
+            refused = httpx.get(server.url + path, headers=told)
+            assert refused.status_code == 403
+            assert refused.json()["error"]["code"] == "insufficient_permissions"
+            assert httpx.get(server.url + path).status_code == 200
+        assert httpx.post(server.url + CHAT, json=ASK, headers=told).status_code == 200
+
+
 def test_guessing_is_slowed_down_and_a_working_key_works_on(server: LiveServer) -> None:
     def status(key: str) -> int:
         return httpx.get(server.url + "/v1/models", headers=bearer(key)).status_code
@@ -183,6 +210,25 @@ def test_the_key_file_is_followed_and_streams_live_on(
         assert b"[DONE]" in client.read_until(b"[DONE]")
         Path(key_file).write_text("nonsense")
         assert not within_two_seconds(bob, 401)
+
+
+def test_a_reload_reads_the_key_file_again(
+    key_file: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """And tells again what is wrong with it."""
+    manage(key_file, "add alice", capsys)
+    state = serving(ScriptedEngine())
+    app = create_app(Settings(key_file=key_file), state, key_file=KeyFile(key_file))
+    with live(app) as server:
+        Path(key_file).write_text("nonsense")
+        assert eventually(lambda: len(caplog.records) == 1)
+
+        def told_again() -> bool:
+            server.loop.call_soon_threadsafe(state.reload.give)
+            return len(caplog.records) > 1
+
+        assert eventually(told_again)
+    assert "is not valid: Invalid JSON" in caplog.records[1].message
 
 
 def test_a_file_without_keys_opens_nothing(

@@ -7,7 +7,7 @@ import re
 import signal
 import ssl
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -35,8 +35,10 @@ def two_front_ends(
     *flags: str,
     trusted: ssl.SSLContext | None = None,
     secrets: Sequence[str] = KEYS,
+    loading: Callable[[ServerProcess], None] = lambda server: None,
     **environ: str,
 ) -> Iterator[ServerProcess]:
+    """``loading`` is called while it does."""
     with server_process(
         "--model", str(model), *flags,
         "--api-server-count", "2",
@@ -47,6 +49,7 @@ def two_front_ends(
         OCHAT_ADMIN_KEYS=ADMIN if secrets else "",
         **{"SIM_STEP_MS": "5", "OCHAT_API_KEYS": ",".join(secrets), **environ},
     ) as server:  # fmt: skip
+        loading(server)
         server.wait_until_ready(*secrets[:1])
         assert eventually(lambda: server.output.count("ready in") == 2, within_s=60)
         yield server
@@ -208,6 +211,23 @@ def test_each_front_end_takes_a_new_certificate(llama3_folder: Path, tmp_path: P
         shown = {authority.shown_by(server.port) for _ in range(CONNECTIONS)}
         assert shown == {new.der}
         assert server.stop() == 0
+
+
+def test_a_hangup_is_passed_on_and_ends_nothing(llama3_folder: Path, tmp_path: Path) -> None:
+    """Not even while it loads, where a process that does not know what to do with one would end."""
+
+    def hang_up(server: ServerProcess) -> None:
+        assert eventually(lambda: "will listen" in server.output, within_s=60)
+        while "ready in" not in server.output:
+            assert server.process.poll() is None, server.output[-4_000:]
+            server.process.send_signal(signal.SIGHUP)
+            time.sleep(0.1)
+
+    with two_front_ends(llama3_folder, tmp_path, secrets=(), loading=hang_up) as two:
+        said = two.output.count("SIGHUP")
+        two.process.send_signal(signal.SIGHUP)
+        assert eventually(lambda: two.output.count("SIGHUP") == said + 2)
+        assert two.stop() == 0
 
 
 def test_a_second_signal_ends_all_of_them_now(open_two: ServerProcess) -> None:
