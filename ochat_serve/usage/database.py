@@ -3,7 +3,7 @@
 Several processes may have one database open; every row is added to where it lies.
 """
 
-import ctypes
+import fcntl
 import logging
 import math
 import os
@@ -35,6 +35,10 @@ BUSY_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 5
 STATEMENT_TIMEOUT_S = 5.0
 _FILE_MODE = 0o600
+MOVED = (
+    "The usage database was removed or replaced while it was in use. What it held is where it "
+    "was moved to, or lost; from now on usage is kept in what is there now."
+)
 _CREATE_LOCK = 0x6F636861745F75  # "ochat_u": any number that nobody else locks
 
 
@@ -101,16 +105,6 @@ class Database:
             with suppress(*self._failures):
                 connection.close()
 
-    def _abandon(self, connection: Connection) -> None:
-        # Never closed, not even at the end: SQLite would delete the journal beside it by its
-        # name, and by now that may be the new file's, of another process too.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
-        self._connection = None
-        logger.error(
-            "The usage database was removed or replaced while it was in use. What it held is "
-            "where it was moved to, or lost; from now on usage is kept in what is there now."
-        )
-
     def _sql(self, text: str) -> str:
         return text.replace("?", self._mark)
 
@@ -118,7 +112,8 @@ class Database:
     def _transaction(self) -> Iterator[Any]:
         try:
             if self._connection is not None and not self._is_there():
-                self._abandon(self._connection)
+                self.close()  # SQLite leaves alone what is in its place by now
+                logger.error(MOVED)
             if self._connection is None:
                 self._connection = self._connect()
             cursor = self._connection.cursor()
@@ -164,14 +159,26 @@ def sqlite_database(path: str, *, busy_timeout_s: float = BUSY_TIMEOUT_S) -> Dat
 
 def _make(path: str) -> None:
     """A file where none is: here and not by SQLite, so that only its owner can read it."""
+    with _one_at_a_time(os.path.dirname(path)):
+        try:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, _FILE_MODE))
+        except FileExistsError:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, _FILE_MODE))
+            return
+        for journal in ("-wal", "-shm"):  # of one that was removed, and that others may still use
+            with suppress(FileNotFoundError):
+                os.unlink(path + journal)
+
+
+@contextmanager
+def _one_at_a_time(folder: str) -> Iterator[None]:
+    """Of all processes: or one would take away the journal that another has just begun."""
+    locked = os.open(folder, os.O_RDONLY)
     try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, _FILE_MODE))
-    except FileExistsError:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, _FILE_MODE))
-        return
-    for journal in ("-wal", "-shm"):  # of one that was removed, and that others may still use
-        with suppress(FileNotFoundError):
-            os.unlink(path + journal)
+        fcntl.flock(locked, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(locked)
 
 
 def _file_at(path: str) -> tuple[int, int] | None:

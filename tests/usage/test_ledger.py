@@ -4,6 +4,8 @@ import logging
 import os
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -187,6 +189,14 @@ def test_a_folder_that_goes_and_comes_back(tmp_path: Path, caplog: pytest.LogCap
     assert stored(folder / "usage") == [Row("a", DAY, of(1))]
 
 
+def keys_in_the_table(file: Path) -> list[str] | None:
+    """None while there is no table."""
+    try:
+        return [row.key for row in stored(file)]
+    except sqlite3.OperationalError:
+        return None
+
+
 @pytest.mark.parametrize("act", ["removed", "moved", "replaced"])
 def test_a_file_that_is_taken_away_while_it_is_used(
     file: Path, caplog: pytest.LogCaptureFixture, act: str
@@ -205,10 +215,12 @@ def test_a_file_that_is_taken_away_while_it_is_used(
             new.check()
             new.close()
         ledger.add(request("b"))
-        assert eventually(lambda: file.exists() and caplog.records)
-        assert eventually(lambda: [row.key for row in stored(file)] == ["b"])
+        assert eventually(lambda: file.exists() and keys_in_the_table(file) == ["b"])
         # Whoever comes later takes nothing from the new file, and both go on in it.
+        journal = Path(f"{file}-wal")
+        begun = journal.stat().st_ino
         assert other.read(*EVER) == [Row("b", DAY, of(1))]
+        assert journal.stat().st_ino == begun
         for count in (2, 3):
             ledger.add(request("b"))
             assert eventually(lambda n=count: other.read(*EVER) == [Row("b", DAY, of(n))])
@@ -216,6 +228,35 @@ def test_a_file_that_is_taken_away_while_it_is_used(
     assert stored(file) == [Row("b", DAY, of(3)), Row("c", DAY, of(1))]
     told = [record.getMessage() for record in caplog.records]
     assert [said.split(" was ")[0] for said in told] == ["The usage database"] * 2, "once each"
+
+
+def test_a_file_that_is_moved_while_another_process_uses_it(file: Path):
+    """Its journal stays behind, and is not the new file's."""
+    program = (
+        "import sqlite3, sys; c = sqlite3.connect(sys.argv[1])\n"
+        "c.execute('SELECT * FROM ochat_usage').fetchall(); print('reads', flush=True)\n"
+        "sys.stdin.read()"
+    )
+    with ledger_at(file, AT_ONCE_S) as ledger:
+        for _ in range(3):
+            ledger.add(request())
+        assert eventually(lambda: stored(file))
+        with subprocess.Popen(
+            [sys.executable, "-c", program, str(file)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"reads\n"
+            journals = {path.name: path.stat().st_ino for path in file.parent.iterdir()}
+            file.rename(file.with_name("before"))
+            ledger.add(request("b"))
+            assert eventually(lambda: file.exists() and keys_in_the_table(file) == ["b"])
+            now = {path.name: path.stat().st_ino for path in file.parent.iterdir()}
+            for journal in ("usage.sqlite-wal", "usage.sqlite-shm"):
+                assert now[journal] != journals[journal]
+            other.communicate()
+    assert stored(file) == [Row("b", DAY, of(1))]
 
 
 def test_what_is_lost_at_the_end_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
