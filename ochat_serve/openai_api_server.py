@@ -1,7 +1,7 @@
 """The entry: ``python -m ochat_serve.openai_api_server``.
 
-vLLM's engine processes import this module again when they start, so at module level it
-imports next to nothing.
+vLLM's processes (engines, workers, front ends) import this module again when they start, so at
+module level it imports next to nothing.
 """
 
 import os
@@ -37,3 +37,7 @@ if __name__ == "__main__":
     from ochat_serve.ending import leave
 
     leave(code)
+elif __name__ == "__mp_main__":  # multiprocessing's name for it in those processes
+    from ochat_serve.parent import end_with_parent
+
+    end_with_parent()
