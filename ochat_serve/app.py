@@ -96,7 +96,7 @@ def create_app(
     )
     app.include_router(chat.router(serving, streams, Uploads(settings.max_body_bytes)))
     app.include_router(models.router(serving))
-    app.include_router(ops.router(serving))
+    app.include_router(ops.router(serving, log))
     app.include_router(usage.router(ledger, time.time))
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(HTTPException, _on_http_exception)

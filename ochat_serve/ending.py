@@ -3,7 +3,11 @@
 import atexit
 import contextlib
 import os
+import signal
 import sys
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import NoReturn
 
 import psutil
@@ -54,3 +58,49 @@ def _ends_by_itself(child: psutil.Process) -> bool:
         return any("multiprocessing.resource_tracker" in word for word in child.cmdline())
     except psutil.NoSuchProcess:
         return True
+
+
+class Stopped(BaseException):
+    """A signal asked the parent of front ends to end."""
+
+
+class ParentSignals:
+    """What signals do to the parent of ``front_ends``, for as long as it lives.
+
+    The first one raises ``Stopped`` wherever the parent is, unless ``is_ending``.  From the second
+    on front ends get ``hurry``; before there are any, the parent ends at once.  ``reload`` is
+    passed on to them.
+    """
+
+    def __init__(self, hurry: signal.Signals, reload: signal.Signals) -> None:
+        self.front_ends: Sequence[BaseProcess] = ()
+        self.children = Children()
+        self.exit_code = 0
+        self.is_ending = False
+        self.reload = reload
+        self._hurry = hurry
+        self._told_to_end = False
+
+    def handle(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+        signal.signal(self.reload, self._pass_on)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        is_second, self._told_to_end = self._told_to_end, True
+        if is_second:
+            self._end_now(128 + number)
+        elif not self.is_ending:
+            raise Stopped
+
+    def _end_now(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+        if not self.front_ends:
+            self.children.end(grace_s=0)
+            os._exit(exit_code)
+        self._pass_on(self._hurry)
+
+    def _pass_on(self, number: int, frame: FrameType | None = None) -> None:
+        for process in self.front_ends:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, number)

@@ -5,7 +5,6 @@ whole server of ``server`` with an engine that it shares.  Each adds to the one 
 """
 
 import os
-import signal
 import socket
 import threading
 import time
@@ -18,7 +17,7 @@ from typing import Any, NoReturn
 
 from ochat_serve import cli, usage_db
 from ochat_serve.cli import say
-from ochat_serve.ending import leave
+from ochat_serve.ending import ParentSignals, Stopped, leave
 from ochat_serve.errors import StartupError
 from ochat_serve.http_server import GRACE_S, HURRY, HURRY_S, RELOAD
 from ochat_serve.loader import PHASES, Share, new_cache_secret, prepare_engine
@@ -53,7 +52,15 @@ class Work:
 
 def run(command: cli.Command) -> int:
     """Serve until a signal ends it.  Returns the exit code; raises ``StartupError``."""
-    signal.signal(RELOAD, signal.SIG_IGN)  # until there is a front end to read anything again
+    signals = ParentSignals(HURRY, RELOAD)
+    signals.handle()
+    with suppress(Stopped):
+        _run(command, signals)
+    return signals.exit_code
+
+
+def _run(command: cli.Command, signals: ParentSignals) -> None:
+    """Raises ``Stopped`` after a signal, and ``StartupError``."""
     prepare(command)
     settings = command.settings
     count = settings.api_server_count
@@ -73,16 +80,16 @@ def run(command: cli.Command) -> int:
         say(f"{PHASES[-1]} ...")
         lines = pipes.senders if pipes is not None else []
         work = Work(command, sockets, lines, drops, os.getpid(), new_cache_secret())
-        return run_group(
+        run_group(
             args,
             count,
             front_end,
             work,
+            signals,
             stop_timeout_s=settings.drain_s + GRACE_S + HURRY_S,
-            hurry=HURRY,
-            reload=RELOAD,
         )
     finally:
+        signals.is_ending = True
         if pipes is not None:
             pipes.close()
         if log is not None:

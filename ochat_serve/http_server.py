@@ -58,6 +58,7 @@ class HttpServer(uvicorn.Server):
         self._has_parent = has_parent
         self._clock = clock
         self._drain_ends: float | None = None
+        self._told_to_end = False
         self._reason = ""
         self._hurried = threading.Event()
 
@@ -72,21 +73,23 @@ class HttpServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """A signal that was obeyed is not raised again, so the exit code is 0."""
-        signals = (signal.SIGTERM, HURRY) if self._has_parent else (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.signal(number, self.handle_exit) for number in signals}
+        """A signal that was obeyed is not raised again, so the exit code is 0.  They are handled
+        for as long as the process lives: a second one may come when the event loop has ended and
+        the engine's processes have not."""
+        for number in (signal.SIGTERM, HURRY if self._has_parent else signal.SIGINT):
+            signal.signal(number, self.handle_exit)
         threading.Thread(target=self._end_by_force, name="end", daemon=True).start()
         self.loop.set_result(asyncio.get_running_loop())
-        before[RELOAD] = signal.signal(RELOAD, self._handle_reload)
+        signal.signal(RELOAD, self._handle_reload)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {RELOAD})  # a front end is started without it
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            signal.signal(RELOAD, signal.SIG_IGN)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if sig == HURRY or (self._serving.draining and not self._has_parent):
+        is_second, self._told_to_end = self._told_to_end, True
+        if sig == HURRY or (is_second and not self._has_parent):
             self.hurry(128 + sig)
         elif self._serving.chat is None:  # nothing runs yet
             self.hurry(0)

@@ -1,10 +1,11 @@
 """The entry: ``python -m ochat_serve.openai_api_server``.
 
-vLLM's engine processes import this module again when they start, so at module level it
-imports next to nothing.
+vLLM's processes (engines, workers, front ends) import this module again when they start, so at
+module level it imports next to nothing.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -28,12 +29,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StartupError as error:
         print(f"ochat_serve: {error}", file=sys.stderr, flush=True)
         return 1
-    except KeyboardInterrupt:  # before the server took over the signals
-        return 130
+
+
+def _nothing_runs_yet(*_: object) -> None:
+    os._exit(0)
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGINT):  # until the server takes them over
+        signal.signal(number, _nothing_runs_yet)
     code = main()
     from ochat_serve.ending import leave
 
     leave(code)
+elif __name__ == "__mp_main__":  # multiprocessing's name for it in those processes
+    from ochat_serve.parent import end_with_parent
+
+    end_with_parent()

@@ -112,7 +112,8 @@ def serve(
     if loader.failure is not None:
         raise loader.failure
     if serving.chat is None and loader.is_alive():
-        os._exit(0)  # the loader is a part of a half-built engine and cannot be asked to stop
+        # The loader is a part of a half-built engine and cannot be asked to stop.
+        os._exit(server.exit_code)
     # Nothing was loaded and nothing is said: a bug, and the loader has shown its traceback.
     return server.exit_code if serving.chat is not None or loader.interrupted else 1
 

@@ -20,14 +20,19 @@ from ochat_serve.settings import Settings
 from tests.fakes import ScriptedEngine, Wait, serving, words
 from tests.request_log.files import request_log
 
+DEAF = """
+import signal, time
+signal.signal(signal.SIGTERM, lambda *_: print("asked in vain", flush=True))
+time.sleep(600)
+"""
+
 
 class Forgetful(ScriptedEngine):
-    """It has a process that nothing but SIGKILL ends, and leaves it behind."""
+    """It has a process that nothing but SIGKILL ends, says so, and is left behind."""
 
     def __init__(self) -> None:
         super().__init__()
-        deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
-        self.process = subprocess.Popen([sys.executable, "-c", deaf])
+        self.process = subprocess.Popen([sys.executable, "-c", DEAF])
 
 
 class Unwilling(Forgetful):

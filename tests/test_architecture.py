@@ -47,6 +47,7 @@ LAYERS = (
         "server",
         "front_ends",
         "loader",
+        "parent",
         "http_protocol",
         "http_bounds",
         "http_places",

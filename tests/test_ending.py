@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -54,6 +55,47 @@ def test_who_has_lost_its_parent_is_remembered(root: psutil.Process) -> None:
     assert all(map(alive, orphans))
     children.end(grace_s=0)
     assert eventually(lambda: not any(map(alive, orphans)))
+
+
+WATCHED = """
+import multiprocessing, signal, sys, time
+from ochat_serve import parent
+
+parent.ORPHAN_GRACE_S = 1
+if __name__ == "__mp_main__":
+    parent.end_with_parent()
+
+def child(deaf):
+    if deaf:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("begun", flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    context.Process(target=child, args=("deaf" in sys.argv,)).start()
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("how", ["obedient", "deaf"])
+def test_a_process_ends_with_its_parent_and_not_before(tmp_path: Path, how: str) -> None:
+    program = tmp_path / "watched.py"
+    program.write_text(WATCHED)
+    command = [sys.executable, str(program), how]
+    environ = {**os.environ, "PYTHONPATH": os.getcwd()}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environ) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"begun\n"
+        processes = psutil.Process(parent.pid).children(recursive=True)
+        (child,) = [each for each in processes if "spawn_main" in " ".join(each.cmdline())]
+        try:
+            assert not eventually(lambda: not alive(child), within_s=2.5), "its parent lives"
+            parent.kill()
+            assert eventually(lambda: not alive(child), within_s=10)
+        finally:
+            if alive(child):
+                child.kill()
 
 
 def test_leaving_runs_exit_handlers_and_flushes_but_waits_for_no_thread() -> None:

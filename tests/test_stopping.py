@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -182,6 +183,46 @@ def test_no_process_of_the_engine_is_left(tmp_path: Path) -> None:
         assert eventually(lambda: not alive(child))
 
 
+@BOTH
+def test_a_second_signal_ends_the_engines_process_when_nothing_is_served_any_more(
+    tmp_path: Path, sig: signal.Signals
+) -> None:
+    with scripted(tmp_path, "--engine", "forgetful") as server:
+        (child,) = server.children()
+        server.process.send_signal(sig)
+        assert eventually(lambda: "asked in vain" in server.output)
+        server.process.send_signal(sig)
+        assert server.process.wait(20) == 128 + sig
+        assert eventually(lambda: not alive(child))
+    assert "Traceback" not in server.output
+
+
+@BOTH
+def test_a_signal_before_there_is_a_server_ends_it(tmp_path: Path, sig: signal.Signals) -> None:
+    config = tmp_path / "config.yaml"
+    os.mkfifo(config)
+    server = ServerProcess("--config", str(config), output=tmp_path / "output.txt")
+    try:
+        with config.open("wb"):  # it reads, and nothing comes
+            assert server.stop(sig) == 0
+    finally:
+        server.end()
+    assert server.output == ""
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_signal_while_vllm_is_imported_ends_it(tmp_path: Path, count: int) -> None:
+    server = ServerProcess(
+        "--model", "demo", "--api-server-count", str(count), output=tmp_path / "output.txt"
+    )
+    try:
+        assert eventually(lambda: "importing vLLM" in server.output, within_s=30)
+        assert server.stop() == 0
+    finally:
+        server.end()
+    assert "Traceback" not in server.output
+
+
 class Clock:
     now = 100.0
 
@@ -217,3 +258,5 @@ async def test_while_loading_a_signal_ends_it() -> None:
     server.handle_exit(signal.SIGTERM, None)
     assert await server.on_tick(1)
     assert server.exit_code == 0
+    server.handle_exit(signal.SIGTERM, None)
+    assert server.exit_code == 128 + signal.SIGTERM

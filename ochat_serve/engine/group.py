@@ -4,12 +4,8 @@ The parent launches the engine, then the front ends with an address each, and wa
 request goes from the front end that took it straight to the engine and back.
 """
 
-import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from multiprocessing.process import BaseProcess
-from types import FrameType
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -20,7 +16,7 @@ from vllm.v1.executor.abstract import Executor
 from vllm.v1.metrics.prometheus import setup_multiprocess_prometheus
 from vllm.v1.utils import APIServerProcessManager, wait_for_completion_or_failure
 
-from ochat_serve.ending import Children
+from ochat_serve.ending import ParentSignals
 from ochat_serve.engine.errors import first_sentence, startup_errors
 from ochat_serve.engine.processes import (
     how_it_ended,
@@ -37,38 +33,30 @@ ENGINE_STOP_S = 10
 CHILDREN_GRACE_S = 3
 
 
-class Stopped(BaseException):
-    """A signal asked the parent to end."""
-
-
 def run_group(
     args: AsyncEngineArgs,
     count: int,
     front_end: FrontEnd,
     work: Any,
+    signals: ParentSignals,
     *,
     stop_timeout_s: float,
-    hurry: signal.Signals,
-    reload: signal.Signals,
-) -> int:
-    """Launch the engine and ``count`` front ends; returns after a signal, when all have ended: the
-    exit code.  After a second signal the front ends get ``hurry``.
-    ``reload`` is passed on to them; they are started with it blocked.
+) -> None:
+    """Launch the engine and ``count`` front ends; ends when all have ended.
 
     ``front_end(work, connection)`` runs in each of the processes; ``work`` is pickled.  Raises
-    ``StartupError`` for an engine that does not start and for a process that dies.
+    ``Stopped`` after a signal, ``StartupError`` for an engine that does not start and for a process
+    that dies.  Front ends are started with ``signals.reload`` blocked.
     """
     setup_multiprocess_prometheus()
     args._api_process_count, args._api_process_rank = count, PARENT_RANK
-    signals = _Signals(hurry, reload)
-    with signals.handled(), suppress(Stopped), startup_errors(args.model):
+    with startup_errors(args.model):
         config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
         listeners = bind_engine_zmq_listeners(config, count)
         launch = launch_core_engines(
             config, Executor.get_class(config), not args.disable_log_stats, listeners.addresses
         )
         _run(launch, listeners, count, (front_end, work), signals, stop_timeout_s)
-    return signals.exit_code
 
 
 def _run(
@@ -76,11 +64,10 @@ def _run(
     listeners: Any,
     count: int,
     work: tuple[FrontEnd, Any],
-    signals: "_Signals",
+    signals: ParentSignals,
     stop_timeout_s: float,
 ) -> None:
     manager = engines = coordinator = None
-    children = Children()
     try:
         with ExitStack() as started:
             with started_without_interrupt():
@@ -100,7 +87,7 @@ def _run(
                         stats_update_address=publisher,
                         tensor_queue=launched.tensor_queue,
                     )
-            children.look()
+            signals.children.look()
             signals.front_ends = launched.watched_frontend_processes = manager.processes
         try:
             wait_for_completion_or_failure(manager, engines, coordinator)
@@ -110,13 +97,14 @@ def _run(
             how = "".join(f" ({how_it_ended(end)})" for end in ends)
             raise StartupError(f"{reason}{how}. The server ends with it.") from error
     finally:
+        signals.is_ending = True
         # The front ends first: they finish their streams while the engine still works.
         if manager is not None:
             manager.shutdown(timeout=stop_timeout_s)
         for part in (engines, coordinator):
             if part is not None:
                 part.shutdown(timeout=ENGINE_STOP_S)
-        children.end(CHILDREN_GRACE_S)
+        signals.children.end(CHILDREN_GRACE_S)
 
 
 def _enter(
@@ -126,38 +114,3 @@ def _enter(
     set_process_title("ApiServer", str(connection["client_index"]))
     front_end, handed_over, engine_pids = work
     raise SystemExit(front_end(handed_over, {**connection, "engine_pids": engine_pids}))
-
-
-class _Signals:
-    """The first one raises ``Stopped``, and the front ends are asked to finish; from the second on
-    they are told to hurry."""
-
-    def __init__(self, hurry: signal.Signals, reload: signal.Signals) -> None:
-        self.front_ends: Sequence[BaseProcess] = ()
-        self.exit_code = 0
-        self.reload = reload
-        self._hurry = hurry
-        self._stopped = False
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._stopped:
-            self._stopped = True
-            raise Stopped
-        self.exit_code = 128 + number
-        self._pass_on(self._hurry)
-
-    def _pass_on(self, number: int, frame: FrameType | None = None) -> None:
-        for process in self.front_ends:
-            if process.pid is not None and process.is_alive():
-                os.kill(process.pid, number)
-
-    @contextmanager
-    def handled(self) -> Iterator[None]:
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.signal(number, self._handle) for number in numbers}
-        before[self.reload] = signal.signal(self.reload, self._pass_on)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

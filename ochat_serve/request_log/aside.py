@@ -77,7 +77,8 @@ class Aside:
     def close(self) -> None:
         """What is not compressed is left to the next server."""
         if self._packing is not None:
-            self._packing.close()
+            with suppress(OSError):  # a full disk does not take the end of what is half written
+                self._packing.close()
 
     def _begin(self) -> bool:
         """Begin with the oldest that is not compressed."""

@@ -6,12 +6,18 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from ochat_serve import __version__
+from ochat_serve.request_log import Log
 from ochat_serve.serving import Serving
 
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+_DROPPED = """\
+# HELP ochat_log_dropped_total Lines of the request log that were lost.
+# TYPE ochat_log_dropped_total counter
+ochat_log_dropped_total {}
+"""
 
 
-def router(serving: Serving) -> APIRouter:
+def router(serving: Serving, log: Log | None) -> APIRouter:
     routes = APIRouter()
 
     @routes.head("/livez", include_in_schema=False)
@@ -34,9 +40,11 @@ def router(serving: Serving) -> APIRouter:
 
     @routes.get("/metrics")
     async def metrics() -> Response:
-        """vLLM's own metrics for Prometheus, summed over all front ends."""
+        """vLLM's own metrics for Prometheus and the log's, summed over all front ends."""
         engine = serving.require_loaded().served.engine
         text = await asyncio.to_thread(engine.metrics)
+        if log is not None:
+            text += _DROPPED.format(log.dropped).encode()
         return Response(text, media_type=_PROMETHEUS)
 
     @routes.get("/version")

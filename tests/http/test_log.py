@@ -181,6 +181,26 @@ def test_a_full_disk_fails_no_request(stream: bool) -> None:
     assert log.dropped == 3
 
 
+@pytest.mark.parametrize("logged", [True, False])
+def test_lost_lines_of_all_front_ends_are_a_metric(logged: bool) -> None:
+    settings = Settings(log_file="/dev/full" if logged else None)
+    lost = [4, 2, 0]  # the last of them is this process
+    log = open_log(settings, lost)
+    app = create_app(settings, Serving(chat=service(ScriptedEngine(), settings)), log)
+    with live(app) as server:
+        post(server)
+        assert eventually(lambda: lost[-1] == logged)
+        text = httpx.get(server.url + "/metrics").text
+    engine = ScriptedEngine().metrics().decode()
+    assert text == engine + logged * (
+        "# HELP ochat_log_dropped_total Lines of the request log that were lost.\n"
+        "# TYPE ochat_log_dropped_total counter\n"
+        "ochat_log_dropped_total 7\n"
+    )
+    if log is not None:
+        log.close()
+
+
 @pytest.mark.parametrize(
     ("fields", "status"),
     [({"temperature": 9}, 400), ({"model": "x"}, 404), ({"tools": [{}]}, 400)],

@@ -238,6 +238,24 @@ def test_a_disk_without_room_to_compress(mounted: bool, caplog: pytest.LogCaptur
         assert numbers(all_lines(path)) == list(range(12))
 
 
+def test_a_disk_that_is_full_at_the_end():
+    """Half compressed: the next server, for whom the lock is free, begins anew."""
+    with small_disk(mounted=False) as disk:
+        path = disk.folder / "log"
+        file = log_file(path, max_bytes=60_000)
+        file.write([line(number, 10_000) for number in range(6)])
+        file.work()
+        disk.fill(1)
+        file.close()
+        assert [p.name for p in aside(path)] == ["log.000001"]
+        disk.free()
+        file = log_file(path)
+        finish(file)
+        file.close()
+        assert [p.name for p in aside(path)] == ["log.000001.gz"]
+        assert numbers(all_lines(path)) == list(range(6))
+
+
 def test_a_folder_that_may_not_be_written_any_more():
     """Setting aside fails: the file grows no further, and goes on when it may."""
     with folder_of_a_plain_user() as folder:

@@ -148,3 +148,23 @@ def test_ctrl_c_drains(server: ServerProcess, folder: Path) -> None:
         (503, "rejected", "draining"),
         (503, "shutdown", "shutting_down"),
     ]
+
+
+def test_a_killed_server_leaves_no_engine(llama3_folder: Path, tmp_path: Path) -> None:
+    """As by the out-of-memory killer: the next server needs the device, and nobody was told."""
+    with server_process(
+        "--model", str(llama3_folder),
+        "--distributed-executor-backend", "sim_executor.SimExecutor",
+        output=tmp_path / "output.txt",
+        PYTHONPATH=str(ROOT / "scripts" / "benchmark" / "sim"),
+        SIM_STEP_MS="20",
+    ) as running:  # fmt: skip
+        running.wait_until_ready()
+        children = running.children()
+        with begun_stream(running, 8_000):
+            running.process.kill()
+            try:
+                assert eventually(lambda: not any(map(alive, children)), within_s=20)
+            finally:
+                for child in filter(alive, children):
+                    child.kill()
