@@ -158,6 +158,8 @@ class HttpProtocol(H11Protocol):
         super().on_response_complete()
         if self.transport.is_closing():
             self._watch_reader()
+        elif self.conn.their_state is not h11.IDLE:
+            self._watch_sender()  # a request that was sent ahead has its turn
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()

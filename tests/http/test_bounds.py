@@ -189,6 +189,13 @@ def test_a_head_that_comes_too_slowly_is_408(quick: LiveServer, begun: bytes) ->
     assert (error["type"], error["code"]) == ("invalid_request_error", "request_timeout")
 
 
+def test_a_body_that_was_announced_ahead_must_come_in_time_as_well(quick: LiveServer) -> None:
+    """Its head came with the request before it, so no byte of its own starts its clock."""
+    with RawClient(quick.port) as client:
+        client.send(LIVEZ + b"\r\n" + POST + b"Content-Length: 50\r\n\r\n")
+        assert b"HTTP/1.1 408" in everything(client)
+
+
 def drips(client: RawClient, piece: bytes) -> bool:
     """Whether the server puts up with a piece every moment for many times its patience."""
     with contextlib.suppress(OSError):
