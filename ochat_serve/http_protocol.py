@@ -44,8 +44,9 @@ _PIECE = 16 * 1024
 _TOO_LARGE = (
     f"The request line and headers have more bytes than this server takes ({MAX_HEAD_BYTES})."
 )
-# uvicorn warns of every request that is no HTTP: lines that anybody can have written.
-_quiet = logging.getLogger("uvicorn.error.connections")
+# uvicorn warns of every request that is no HTTP: lines that anybody can have written.  Below its
+# own loggers levels are set anew with every configuration.
+_quiet = logging.getLogger(__name__)
 _quiet.setLevel(logging.ERROR)
 
 

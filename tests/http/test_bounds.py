@@ -165,6 +165,30 @@ def test_bad_bytes_after_an_answer_only_close_the_connection(usual: LiveServer) 
         assert everything(client).count(b"HTTP/1.1") == 1
 
 
+def test_what_is_no_http_writes_no_line(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else anybody fills the terminal."""
+    with bounded(Bounds()) as (running, _):  # from here on uvicorn's loggers are configured
+        assert answer(running.port, b"this is no HTTP\r\n\r\n")[0] == 400
+        offer = b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
+        with RawClient(running.port) as client:
+            client.send(LIVEZ + offer)
+            client.read_until(b"alive")
+    assert capfd.readouterr() == ("", "")
+    assert caplog.records == []
+
+
+def test_a_bug_behind_the_protocol_is_shown(caplog: pytest.LogCaptureFixture) -> None:
+    async def broken(scope: object, receive: object, send: object) -> None:
+        raise RuntimeError("this is the bug")
+
+    with live(broken, HttpProtocol) as running, RawClient(running.port) as client:
+        client.send(LIVEZ + b"\r\n")
+        assert client.read_until(b"Error").startswith(b"HTTP/1.1 500")
+    assert "this is the bug" in caplog.text
+
+
 def test_another_protocol_is_not_switched_to(usual: LiveServer) -> None:
     offer = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
     with RawClient(usual.port) as client:
