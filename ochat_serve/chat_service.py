@@ -225,9 +225,8 @@ def _notes(
 
 
 def _printable(names: list[str]) -> str:
-    """A field name can be anything; a header value cannot."""
-    short = [name[:64].encode("ascii", "replace").decode() for name in names]
-    return ", ".join(re.sub(r"[^ -~]", "?", name) for name in short)
+    """A field name can be anything; a header value cannot, and neither begin nor end in spaces."""
+    return ", ".join(re.sub(r"[^!-~]", "?", name[:64]) or "?" for name in names)
 
 
 def _logged(options: SamplingOptions, form: ReplyForm) -> dict[str, object]:

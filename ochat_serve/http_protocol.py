@@ -72,11 +72,10 @@ class HttpProtocol(H11Protocol):
         self.logger = _quiet
         self._application = self.app
         self.app = self._with_connection
-        self.resumed: Callable[[], None] | None = None
-        self.lost: Callable[[], None] | None = None
         self.refusal: ApiError | None = None
         self._has_place = False
         self._peer: str | None = None
+        self._current: H11Connection | None = None  # of the request that came last
         self._sender = Deadline(self.loop)
         self._reader = Deadline(self.loop)
         self._sending: Any = None  # h11's state of the client when its deadline was last looked at
@@ -86,8 +85,8 @@ class HttpProtocol(H11Protocol):
         }
 
     async def _with_connection(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.resumed = self.lost = None
-        scope["extensions"] = {CONNECTION: H11Connection(self, self.cycle)}
+        self._current = H11Connection(self, self.cycle)
+        scope["extensions"] = {CONNECTION: self._current}
         await self._application(scope, receive, send)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -125,8 +124,8 @@ class HttpProtocol(H11Protocol):
         self._reader.stop()
         self.leave()
         super().connection_lost(exc)
-        if self.lost is not None:
-            self.lost()
+        if self._current is not None:
+            self._current.end()
 
     def data_received(self, data: bytes) -> None:
         for start in range(0, len(data), _PIECE):
@@ -134,7 +133,7 @@ class HttpProtocol(H11Protocol):
                 return
             super().data_received(data[start : start + _PIECE])
         self._watch_sender()
-        if self.lost is not None and self.flow.read_paused:
+        if self._current is not None and self._current.watched and self.flow.read_paused:
             self._keep_reading()
 
     def _keep_reading(self) -> None:
@@ -176,8 +175,8 @@ class HttpProtocol(H11Protocol):
         if not self.transport.is_closing():
             self._reader.stop()
         super().resume_writing()
-        if self.resumed is not None:
-            self.resumed()
+        if self._current is not None:
+            self._current.resume()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -240,7 +239,8 @@ class HttpProtocol(H11Protocol):
 
 
 class H11Connection:
-    """``routes.connection.Connection``.
+    """``routes.connection.Connection``.  Each request has one of its own: while one that was
+    answered is cleaned up, the next may be under way on the same connection.
 
     A chunk in the middle of a body does not change h11's state, so it goes straight into the
     transport; the last one passes through h11, by ASGI.
@@ -251,6 +251,8 @@ class H11Connection:
         self._cycle = cycle
         self._flow = protocol.flow
         self._transport: asyncio.Transport = protocol.transport
+        self._resumed: Callable[[], None] | None = None
+        self._lost: Callable[[], None] | None = None
 
     @property
     def paused(self) -> bool:
@@ -265,16 +267,31 @@ class H11Connection:
     def refusal(self) -> ApiError | None:
         return self._protocol.refusal
 
+    @property
+    def watched(self) -> bool:
+        """Whether somebody wants to know when the client leaves."""
+        return self._lost is not None
+
     def on_resume(self, resumed: Callable[[], None] | None) -> None:
-        self._protocol.resumed = resumed
+        self._resumed = resumed
 
     def on_lost(self, lost: Callable[[], None] | None) -> None:
-        self._protocol.lost = lost
+        self._lost = lost
         if lost is not None:
-            if self._cycle.disconnected:
-                lost()
+            self.end()
             self._flow.resume_reading()  # a client that leaves is seen by reading only
 
     def write(self, data: bytes) -> None:
         if not self._cycle.disconnected:
             self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    # Called by the protocol
+
+    def resume(self) -> None:
+        if self._resumed is not None:
+            self._resumed()
+
+    def end(self) -> None:
+        """The connection may be lost; whoever has the whole answer has not left."""
+        if self._lost is not None and self._cycle.disconnected:
+            self._lost()

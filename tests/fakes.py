@@ -100,6 +100,7 @@ class ScriptedEngine:
     signs_of_life: int = 0
     questions: int = 0
     answers: asyncio.Event | None = None  # None: it answers at once
+    ends: Wait | None = None  # what the end of every request waits for
 
     async def answer(self) -> None:
         self.questions += 1
@@ -127,6 +128,8 @@ class ScriptedEngine:
             yield generation
         finally:
             player.cancel()
+            if self.ends is not None:
+                await self.ends.go.wait()
             self.running -= 1
 
     def metrics(self) -> bytes:

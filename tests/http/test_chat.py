@@ -161,12 +161,14 @@ def test_headers_say_what_was_not_done_as_asked() -> None:
         answer = chat(server.url, max_tokens=500, foo=1, prediction={"type": "content"})
         plain = chat(server.url, max_tokens=5)
         odd = chat(server.url, **{"x\r\nset-cookie: a": 1, "é": 2})
+        blank = [chat(server.url, **{name: 1}) for name in ("", " ", "x ", " x", "\t")]
     assert answer.headers["x-ochat-ignored"] == "foo, prediction"
     assert answer.headers["x-ochat-max-tokens"] == "96"
     assert "x-ochat-ignored" not in plain.headers
     assert "x-ochat-max-tokens" not in plain.headers
     assert odd.status_code == 200
     assert "set-cookie" not in odd.headers
+    assert [answer.headers["x-ochat-ignored"] for answer in blank] == ["?", "?", "x?", "?x", "?"]
 
 
 def test_strict_parameters_refuse_unknown_fields() -> None:

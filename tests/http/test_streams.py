@@ -117,6 +117,22 @@ def test_leaving_in_the_middle_frees_the_slot(protocol: type) -> None:
         assert eventually(lambda: engine.running == 0, within_s=2)
 
 
+def test_the_end_of_one_request_takes_nothing_from_the_next() -> None:
+    """It is told to the engine when its client has the whole answer, and asks for more."""
+    engine = ScriptedEngine(script=words("Hi"), ends=Wait())
+    with asked(engine, HttpProtocol) as (server, client):
+        client.read_until(b"0\r\n\r\n")
+        client.received.clear()
+        engine.script = [Update([Delta(0, "a", 1)]), Wait()]
+        client.post(CHAT, json.dumps(ASK).encode())
+        client.read_until(b'"content":"a"')
+        assert engine.running == 2
+        server.loop.call_soon_threadsafe(engine.ends.go.set)
+        assert eventually(lambda: engine.running == 1)
+        client.hang_up()
+        assert eventually(lambda: engine.running == 0)
+
+
 def settled(value: Callable[[], int]) -> int:
     """What ``value()`` is when it no longer changes."""
     seen = [-1]
