@@ -126,6 +126,7 @@ class HttpServer(uvicorn.Server):
         return not requests or self._clock() >= self._drain_ends
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        self.should_exit = True  # after a drain, too: what the engine does from here on is its end
         if given_up := self._serving.give_up():
             say(f"{given_up} chats were given up")
         await super().shutdown(sockets)

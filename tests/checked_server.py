@@ -37,6 +37,14 @@ class Failing(ScriptedEngine):
             await asyncio.sleep(0)
 
 
+class Slow(ScriptedEngine):
+    """It has to be killed to end, which takes longer than the server looks away."""
+
+    async def close(self) -> None:
+        self.failure = "The engine process has died (killed by SIGKILL)."
+        await asyncio.sleep(2)
+
+
 class Hung(ScriptedEngine):
     """It does not end, either."""
 
@@ -44,7 +52,7 @@ class Hung(ScriptedEngine):
         await asyncio.Event().wait()
 
 
-ENGINES = {"silent": Silent, "failing": Failing, "hung": Hung}
+ENGINES = {"silent": Silent, "failing": Failing, "hung": Hung, "slow": Slow}
 
 
 def main() -> int:

@@ -283,3 +283,11 @@ def test_an_engine_that_says_nothing_ends_the_start(tmp_path: Path, engine: str)
     *_, last = server.output.strip().splitlines()
     assert last.startswith(f"ochat_serve: {ASKED}the engine made no token in 0.5 seconds.")
     assert server.output.count("self-check failed") == 1
+
+
+def test_an_engine_that_must_be_killed_at_the_end_is_no_failure(tmp_path: Path) -> None:
+    """The server has looked for dead engines all the while; now it has told this one to end."""
+    with start(tmp_path, "--self-check", "off", "--engine", "slow") as server:
+        server.wait_until_ready()
+        assert server.stop(signal.SIGTERM) == 0
+    assert "has died" not in server.output
