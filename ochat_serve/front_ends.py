@@ -1,6 +1,7 @@
 """Several front-end processes over one engine: ``--api-server-count``.
 
-The parent binds the port, launches the engine and writes the request log; each front end is the
+The parent binds the port and answers there until the front ends do, launches the engine and
+writes the request log; each front end is the
 whole server of ``server`` with an engine that it shares.  Each adds to the one usage database.
 """
 
@@ -21,6 +22,7 @@ from ochat_serve.ending import ParentSignals, Stopped, leave
 from ochat_serve.errors import StartupError
 from ochat_serve.http_server import GRACE_S, HURRY, HURRY_S, RELOAD
 from ochat_serve.loader import PHASES, Share, new_cache_secret, prepare_engine
+from ochat_serve.meanwhile import Meanwhile
 from ochat_serve.named_keys import open_key_file
 from ochat_serve.request_log import RequestLog
 from ochat_serve.server import (
@@ -40,12 +42,14 @@ class Work:
 
     ``sockets`` are listening sockets for each of the front ends, ``lines`` a pipe to the log for
     each, or none; ``drops`` counts the lines that each of them lost, and at last the parent.
+    ``listening`` takes a message from each that listens.
     """
 
     command: cli.Command
     sockets: list[list[socket.socket]]
     lines: list[Connection]
     drops: MutableSequence[int]
+    listening: Connection
     parent: int
     cache_secret: bytes = field(repr=False)
 
@@ -66,20 +70,29 @@ def _run(command: cli.Command, signals: ParentSignals) -> None:
     count = settings.api_server_count
     open_key_file(settings)
     sockets = bind_for_each(settings.host, settings.port, count)
-    usage_db.check(settings)  # one sentence from here, instead of one from each front end
+    ledger = usage_db.open_ledger(settings)  # one sentence from here, if it cannot be used
     drops: MutableSequence[int] = get_context("spawn").RawArray("Q", count + 1)
     log = open_log(settings, drops)
     pipes = Pipes(log, count) if log is not None else None
     port = sockets[0][0].getsockname()[1]
     where = f"{settings.scheme}://{settings.host}:{port}"
-    say(f"{count} front ends will listen on {where}; loading {settings.model}")
+    meanwhile = Meanwhile(settings, sockets, log, ledger)
+
+    def phase(name: str) -> None:
+        meanwhile.serving.phase = name
+        say(f"{name} ...")
+
     try:
-        _, args = prepare_engine(command, lambda phase: say(f"{phase} ..."))
+        meanwhile.start()
+        say(f"{count} front ends will listen on {where}; loading {settings.model}")
+        _, args = prepare_engine(command, phase)
         from ochat_serve.engine.group import run_group
 
-        say(f"{PHASES[-1]} ...")
+        phase(PHASES[-1])
         lines = pipes.senders if pipes is not None else []
-        work = Work(command, sockets, lines, drops, os.getpid(), new_cache_secret())
+        work = Work(
+            command, sockets, lines, drops, meanwhile.listening, os.getpid(), new_cache_secret()
+        )
         run_group(
             args,
             count,
@@ -90,6 +103,7 @@ def _run(command: cli.Command, signals: ParentSignals) -> None:
         )
     finally:
         signals.is_ending = True
+        meanwhile.end()
         if pipes is not None:
             pipes.close()
         if log is not None:
@@ -98,7 +112,9 @@ def _run(command: cli.Command, signals: ParentSignals) -> None:
 
 def front_end(work: Work, connection: dict[str, Any]) -> NoReturn:
     """One of the processes: serves until a signal, or its parent's or engine's death."""
-    share = Share(connection, work.parent, work.cache_secret)
+    share = Share(
+        connection, work.parent, work.cache_secret, lambda: work.listening.send_bytes(b"listening")
+    )
     for place, sockets in enumerate(work.sockets):
         if place != share.index:
             for other in sockets:

@@ -45,6 +45,7 @@ class HttpServer(uvicorn.Server):
         drain_s: float,
         certificate: Certificate | None = None,
         has_parent: bool = False,
+        on_listening: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(config)
@@ -56,6 +57,7 @@ class HttpServer(uvicorn.Server):
         self._certificate = certificate
         self._drain_s = drain_s
         self._has_parent = has_parent
+        self._on_listening = on_listening
         self._clock = clock
         self._drain_ends: float | None = None
         self._told_to_end = False
@@ -111,6 +113,11 @@ class HttpServer(uvicorn.Server):
         self.config.timeout_graceful_shutdown = HURRIED_GRACE_S
         self.should_exit = True
         self._hurried.set()
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and self._on_listening is not None:
+            self._on_listening()
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second: whether to end."""

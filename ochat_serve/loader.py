@@ -40,11 +40,12 @@ def new_cache_secret() -> bytes:
 @dataclass(frozen=True)
 class Share:
     """A front end's part in an engine that its parent has launched.  With one ``cache_secret`` they
-    share its cache, too."""
+    share its cache, too.  ``on_listening`` tells the parent that the port need not be answered."""
 
     connection: Mapping[str, Any]
     parent: int
     cache_secret: bytes = field(repr=False)
+    on_listening: Callable[[], None]
 
     @property
     def index(self) -> int:

@@ -83,22 +83,12 @@ def serve(
     key_file = open_key_file(command.settings)
     app = create_app(command.settings, serving, log, key_file=key_file, ledger=ledger)
     server = HttpServer(
-        uvicorn.Config(
-            app,
-            loop="ochat_serve.event_loop:EventLoop",
-            http=protocol(app, command.settings),
-            access_log=False,
-            log_level="warning",
-            timeout_keep_alive=KEEP_ALIVE_TIMEOUT_S,
-            backlog=BACKLOG,
-            server_header=False,
-            proxy_headers=False,  # middleware.gateway reads them
-            ssl_context_factory=None if certificate is None else lambda *_: certificate.context,
-        ),
+        http_config(app, command.settings, certificate),
         serving,
         drain_s=command.settings.drain_s,
         certificate=certificate,
         has_parent=share is not None,
+        on_listening=share.on_listening if share is not None else None,
     )
     loader = Loader(command, serving, server, share, load_model)
     loader.start()
@@ -116,6 +106,23 @@ def serve(
         os._exit(server.exit_code)
     # Nothing was loaded and nothing is said: a bug, and the loader has shown its traceback.
     return server.exit_code if serving.chat is not None or loader.interrupted else 1
+
+
+def http_config(
+    app: FastAPI, settings: Settings, certificate: Certificate | None
+) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        loop="ochat_serve.event_loop:EventLoop",
+        http=protocol(app, settings),
+        access_log=False,
+        log_level="warning",
+        timeout_keep_alive=KEEP_ALIVE_TIMEOUT_S,
+        backlog=BACKLOG,
+        server_header=False,
+        proxy_headers=False,  # middleware.gateway reads them
+        ssl_context_factory=None if certificate is None else lambda *_: certificate.context,
+    )
 
 
 def open_limits(settings: Settings, ledger: UsageLedger | None) -> Limits:

@@ -56,13 +56,6 @@ def used_before(ledger: LedgerReader) -> UsedBefore:
     return used
 
 
-def check(settings: Settings, environ: Mapping[str, str] = os.environ) -> None:
-    """Stop a start whose front ends would fail.  Raises ``StartupError``."""
-    ledger = open_ledger(settings, environ)
-    if ledger is not None:
-        ledger.close()
-
-
 def _place(settings: Settings, environ: Mapping[str, str]) -> str | None:
     if settings.usage_db is not None:
         told = settings.usage_db.get_secret_value()

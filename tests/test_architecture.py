@@ -48,6 +48,7 @@ LAYERS = (
         "front_ends",
         "loader",
         "parent",
+        "meanwhile",
         "http_protocol",
         "http_bounds",
         "http_places",
@@ -88,7 +89,7 @@ ONLY_IN = {
     "redis": {"redis_limits"},
     "argparse": {"cli", "keys"},
     "psycopg": {"usage"},
-    "uvicorn": {"server", "http_protocol", "http_refusals", "http_server"},
+    "uvicorn": {"server", "http_protocol", "http_refusals", "http_server", "meanwhile"},
 }
 MAY_READ_ENVIRONMENT = {L2, L5}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ochat_serve import cli, usage_db
+from ochat_serve import cli
 from ochat_serve.errors import StartupError
 from ochat_serve.settings import Settings
 from ochat_serve.usage.counters import ANONYMOUS, Row
@@ -49,7 +49,6 @@ def test_else_below_the_home_folder(
 )
 def test_off(tmp_path: Path, settings: Settings):
     assert open_ledger(settings, {"XDG_STATE_HOME": str(tmp_path)}) is None
-    usage_db.check(settings, {"XDG_STATE_HOME": str(tmp_path)})
     assert files(tmp_path) == []
 
 
@@ -60,7 +59,6 @@ def test_off(tmp_path: Path, settings: Settings):
 def test_a_file_of_its_own(tmp_path: Path, keys: tuple[str, ...], rows: list[Row]):
     """Also without keys; with keys, whoever came without one is nobody."""
     settings = Settings(usage_db=str(tmp_path / "usage"), api_keys=keys)
-    usage_db.check(settings)
     ledger = open_ledger(settings)
     assert ledger is not None
     ledger.add(request("a"))
@@ -93,13 +91,12 @@ def test_places_that_cannot_be(tmp_path: Path):
         "other": "no such column: requests",
     }.items():
         place = str(tmp_path / name)
-        for act in (open_ledger, usage_db.check):
-            with pytest.raises(StartupError) as stopped:
-                act(Settings(usage_db=place))
-            assert str(stopped.value) == (
-                f"--usage-db {place} cannot be used: {said}. "
-                "Name another place, or keep no usage: --usage-db none."
-            )
+        with pytest.raises(StartupError) as stopped:
+            open_ledger(Settings(usage_db=place))
+        assert str(stopped.value) == (
+            f"--usage-db {place} cannot be used: {said}. "
+            "Name another place, or keep no usage: --usage-db none."
+        )
 
 
 def test_no_folder_can_be_made(tmp_path: Path):

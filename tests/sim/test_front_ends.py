@@ -156,6 +156,41 @@ def test_two_front_ends_are_one_server(two: ServerProcess, tmp_path: Path) -> No
     assert lines[-1]["completion_tokens"] == 300
 
 
+def answers_while_loading(server: ServerProcess) -> None:
+    server.wait_until_answering()
+    assert "loading the weights" not in server.output, "there is no front end yet"
+    headers = {"authorization": f"Bearer {KEYS[0]}"}
+    refused = httpx.post(server.url + CHAT, json=ASK, headers=headers)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "loading")
+    assert refused.headers["retry-after"] == "5"
+    assert httpx.post(server.url + CHAT, json=ASK).status_code == 401
+    seen = set()
+    with httpx.Client(base_url=server.url, headers=headers) as client:
+        while server.output.count("ready in") < 2:
+            assert server.process.poll() is None, server.output[-4_000:]
+            live, ready = (client.get(path).status_code for path in ("/livez", "/readyz"))
+            seen.add((live, ready))
+    assert (200, 503) in seen
+    assert seen <= {(200, 503), (200, 200)}
+
+
+def test_the_port_answers_from_the_first_second_and_a_killed_parent_leaves_nothing(
+    llama3_folder: Path, tmp_path: Path
+) -> None:
+    """The parent hands the port over to the front ends without refusing a connection."""
+    with two_front_ends(llama3_folder, tmp_path, loading=answers_while_loading) as two:
+        lines = (tmp_path / "requests.log").read_text().splitlines()
+        codes = [json.loads(line)["error"] for line in lines]
+        assert codes == ["loading", "invalid_api_key"]
+        children = two.children()
+        two.process.kill()
+        try:
+            assert eventually(lambda: not any(map(alive, children)), within_s=30)
+        finally:
+            for child in filter(alive, children):
+                child.kill()
+
+
 def test_a_limit_is_that_of_all_front_ends_together(
     limited_two: tuple[ServerProcess, str],
 ) -> None:
