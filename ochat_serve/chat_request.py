@@ -3,7 +3,7 @@
 Everything that can be refused without the model is refused here, before any text is encoded.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -115,15 +115,23 @@ def ignored_fields(request: ChatCompletionRequest, *, uses_condition: bool) -> l
     Raises ``InvalidRequest`` for more of them than a request may have.
     """
     # What is refused otherwise was given with a value that changes nothing.
-    names = _given(request) - REFUSED.keys()
+    names = unknown_fields(request) - REFUSED.keys()
     if request.stream_options is not None:
-        names |= {f"stream_options.{name}" for name in _given(request.stream_options)}
+        names |= {f"stream_options.{name}" for name in unknown_fields(request.stream_options)}
     for message in request.messages:
-        names |= {f"messages.{name}" for name in _given(message) - REFUSED_IN_MESSAGES.keys()}
+        names |= {
+            f"messages.{name}" for name in unknown_fields(message) - REFUSED_IN_MESSAGES.keys()
+        }
         for part in message.content if isinstance(message.content, list) else ():
-            names |= {f"messages.content.{name}" for name in _given(part)}
+            names |= {f"messages.content.{name}" for name in unknown_fields(part)}
     if request.condition and not uses_condition:
         names.add("condition")
+    return named(names)
+
+
+def named(names: Set[str]) -> list[str]:
+    """Fields without effect, sorted, as many as are told.  Raises ``InvalidRequest`` for more of
+    them than a request may have."""
     if len(names) > MAX_UNKNOWN_FIELDS:
         raise InvalidRequest(
             f"The request has {len(names)} fields that this server does not know; it takes at "
@@ -133,7 +141,7 @@ def ignored_fields(request: ChatCompletionRequest, *, uses_condition: bool) -> l
     return sorted(names)[:MAX_NAMED_IGNORED]
 
 
-def _given(model: BaseModel) -> set[str]:
+def unknown_fields(model: BaseModel) -> set[str]:
     """Names of the fields that ``model`` does not know and that are not null."""
     return {name for name, value in (model.model_extra or {}).items() if value is not None}
 
