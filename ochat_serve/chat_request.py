@@ -83,19 +83,19 @@ def refuse_unserved(request: ChatCompletionRequest) -> None:
             param="tools",
             code="invalid_value",
         )
-    if (name := _refused(extra, REFUSED)) is not None:
+    if (name := first_refused(extra, REFUSED)) is not None:
         raise UnsupportedParameter(f"This server does not support '{name}'.", param=name)
     if tools is not None and extra.get("tool_choice") != "none":
         raise UnsupportedParameter("This server does not support 'tools'.", param="tools")
     for position, message in enumerate(request.messages):
-        if (name := _refused(message.model_extra or {}, REFUSED_IN_MESSAGES)) is not None:
+        if (name := first_refused(message.model_extra or {}, REFUSED_IN_MESSAGES)) is not None:
             raise UnsupportedParameter(
                 f"This server does not support '{name}' in messages.",
                 param=f"messages.[{position}].{name}",
             )
 
 
-def _refused(given: Mapping[str, Any], table: Mapping[str, Harmless]) -> str | None:
+def first_refused(given: Mapping[str, Any], table: Mapping[str, Harmless]) -> str | None:
     """The first of ``table`` that was given with a value that is not harmless."""
     if not given:
         return None
@@ -203,7 +203,7 @@ ONE_BODY_INTERVAL = 32
 def check_sampling(request: ChatCompletionRequest, limits: Limits) -> None:
     """Everything about sampling that types and ranges cannot say.  Raises ``InvalidRequest``."""
     # Greedy choices are copies of one.
-    most = min(limits.max_n, limits.max_places) if _temperature(request, limits) else limits.max_n
+    most = min(limits.max_n, limits.max_places) if temperature_of(request, limits) else limits.max_n
     if (request.n or 1) > most:
         raise InvalidRequest(
             f"Invalid value for 'n': this server makes at most {most} choices, not "
@@ -238,7 +238,8 @@ def check_sampling(request: ChatCompletionRequest, limits: Limits) -> None:
         )
 
 
-def _temperature(request: ChatCompletionRequest, limits: Limits) -> float:
+def temperature_of(request: ChatCompletionRequest, limits: Limits) -> float:
+    """0.0 is greedy: all choices are copies of one."""
     if request.top_p == 0:  # the smallest nucleus is the likeliest token
         return 0.0
     return limits.default_temperature if request.temperature is None else request.temperature
@@ -266,7 +267,7 @@ def sampling_options(
     return SamplingOptions(
         max_tokens=max_tokens,
         n=request.n or 1,
-        temperature=_temperature(request, limits),
+        temperature=temperature_of(request, limits),
         top_p=request.top_p or 1.0,
         top_k=max(request.top_k or 0, 0),
         min_p=request.min_p or 0.0,

@@ -5,9 +5,8 @@ Whatever can be refused is refused in ``ChatService.prepare``, before any work h
 
 import hmac
 import math
-import re
-from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -30,6 +29,7 @@ from ochat_serve.errors import InvalidRequest, ModelNotFound, PermissionDenied
 from ochat_serve.generation import Conversation, EngineInfo, SamplingOptions, ServedModel, Usage
 from ochat_serve.health import Health
 from ochat_serve.limits import Limits as KeyLimits
+from ochat_serve.notes import logged, notes, printable
 from ochat_serve.protocol.chat import ChatCompletionRequest
 from ochat_serve.protocol.sampling import SamplingRequest
 from ochat_serve.protocol.tokens import DetokenizeRequest
@@ -39,12 +39,6 @@ from ochat_serve.settings import Settings
 from ochat_serve.streaming import ReplyHead
 
 T = TypeVar("T")
-IGNORED_HEADER = "x-ochat-ignored"
-MAX_TOKENS_HEADER = "x-ochat-max-tokens"
-
-_DEFAULTS = asdict(SamplingOptions(max_tokens=0))
-del _DEFAULTS["stream_interval"]  # the server's choice, not the client's
-_TOLD_BY_NUMBER = frozenset({"stop", "logit_bias", "stop_token_ids"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +78,7 @@ class ChatService:
         self._clock = clock
         self._now = now
         temperature = settings.default_temperature
-        self._limits = Limits(
+        self.sampling_limits = Limits(
             max_model_len=served.engine.info.max_model_len,
             vocab_size=served.engine.info.vocab_size,
             max_n=settings.max_n,
@@ -105,9 +99,9 @@ class ChatService:
     ) -> Chat:
         """Check everything, render the prompt.  Raises ``ApiError``; starts no work.
         ``timeout_s`` is what the client wants to wait at most."""
-        arrived = self._clock()
+        elapsed = self.stopwatch()
         prompt = await self.prompt(request, record, caller)
-        options = sampling_options(request, self._limits, len(prompt.token_ids))
+        options = sampling_options(request, self.sampling_limits, len(prompt.token_ids))
         record.usage = Usage(prompt_tokens=len(prompt.token_ids))
         record.parameters = logged(options, prompt.form)
         chat = Chat(
@@ -121,7 +115,7 @@ class ChatService:
                 options=options,
                 cache_salt=prompt.salt,
             ),
-            run=self.on_terms(caller, options, arrived, timeout_s),
+            run=self.on_terms(caller, [options], elapsed, timeout_s),
             drops_first_space=(
                 self.served.prompts.begins_with_space and not prompt.conversation.continues
             ),
@@ -142,10 +136,11 @@ class ChatService:
         form = reply_form(request)
         ignored = ignored_fields(request, uses_condition=self.served.prompts.uses_condition)
         self.refuse_if_strict(ignored)
-        check_sampling(request, self._limits)
+        check_sampling(request, self.sampling_limits)
         said = conversation(request)
         salt = self.salt(caller)
-        render = partial(self.served.prompts.render, said, self._limits.max_model_len, salt)
+        most = self.sampling_limits.max_model_len
+        render = partial(self.served.prompts.render, said, most, salt)
         token_ids = await self.encoded(caller, said, render)
         return Prompt(said, token_ids, salt, form, ignored)
 
@@ -162,7 +157,7 @@ class ChatService:
         """Raises ``InvalidRequest`` for fields without effect, where those are refused."""
         if ignored and self._strict:
             raise InvalidRequest(
-                f"Unrecognized request argument supplied: {_printable(ignored)}.",
+                f"Unrecognized request argument supplied: {printable(ignored)}.",
                 param=ignored[0][:64],
                 code="unknown_parameter",
             )
@@ -180,20 +175,30 @@ class ChatService:
             system_fingerprint=self.served.system_fingerprint,
         )
 
+    def stopwatch(self) -> Callable[[], float]:
+        """How many seconds have passed since this call."""
+        begun = self._clock()
+        return lambda: self._clock() - begun
+
     def on_terms(
-        self, caller: Caller, options: SamplingOptions, arrived: float, timeout_s: float
+        self,
+        caller: Caller,
+        options: Sequence[SamplingOptions],
+        elapsed: Callable[[], float],
+        timeout_s: float,
     ) -> StartRun:
-        """A run with these options, since ``arrived``."""
+        """A run of one or more prompts, each with its options, ``elapsed`` since its arrival."""
         return partial(
             Run,
             terms=Terms(
                 caller=caller,
-                choices=options.n,
-                places=options.n if options.temperature else 1,  # greedy ones are copies
-                max_tokens=options.max_tokens,
+                choices=sum(each.n for each in options),
+                # Greedy choices are copies of one.
+                places=sum(each.n if each.temperature else 1 for each in options),
+                max_tokens=max(each.max_tokens for each in options),
                 queue_timeout_s=self._queue_timeout_s,
                 timeout_s=min(timeout_s, self._request_timeout_s),
-                elapsed=lambda: self._clock() - arrived,
+                elapsed=elapsed,
             ),
             admission=self.admission,
             limits=self._key_limits,
@@ -256,34 +261,3 @@ def cache_salt(secret: bytes, key: str | None) -> str | None:
     the time to the first token what another has asked.  Not to be guessed without the secret, and
     not the client's to choose; None without keys, where all are one."""
     return None if key is None else hmac.digest(secret, key.encode(), "sha256").hex()
-
-
-def notes(
-    ignored: list[str], request: ChatCompletionRequest, options: SamplingOptions
-) -> dict[str, str]:
-    """Response headers that say what was not done as asked."""
-    notes = ignored_header(ignored)
-    asked = request.max_completion_tokens or request.max_tokens
-    if asked is not None and asked > options.max_tokens:
-        notes[MAX_TOKENS_HEADER] = str(options.max_tokens)
-    return notes
-
-
-def ignored_header(ignored: list[str]) -> dict[str, str]:
-    return {IGNORED_HEADER: _printable(ignored)} if ignored else {}
-
-
-def _printable(names: list[str]) -> str:
-    """A field name can be anything; a header value cannot, and neither begin nor end in spaces."""
-    return ", ".join(re.sub(r"[^!-~]", "?", name[:64]) or "?" for name in names)
-
-
-def logged(options: SamplingOptions, form: ReplyForm) -> dict[str, object]:
-    """The parameters in the log: those that differ from the defaults.  Stop strings and biases
-    may hold what a user said: only their number is told."""
-    logged: dict[str, object] = {
-        name: len(value) if name in _TOLD_BY_NUMBER else value
-        for name, default in _DEFAULTS.items()
-        if (value := getattr(options, name)) != default
-    }
-    return logged | ({"stream": True} if form.stream else {})

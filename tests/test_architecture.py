@@ -21,6 +21,7 @@ LAYERS = (
     (
         "templates",
         "streaming",
+        "completion_streaming",
         "admission",
         "limits",
         "key_file",
@@ -46,6 +47,10 @@ LAYERS = (
         "chat",
         "chat_service",
         "token_service",
+        "completion_request",
+        "completion_service",
+        "notes",
+        "together",
         "health",
         "serving",
         "self_check",
@@ -84,7 +89,11 @@ OPEN_LAYERS = {
     L5: {L0, L1, L2, L3, L4, L5},
 }
 # Sideways imports that a layer forbids in general.  All of them.
-OPEN_PAIRS = {("model_source", "demo_model"), ("settings", "setting_values")}
+OPEN_PAIRS = {
+    ("model_source", "demo_model"),
+    ("settings", "setting_values"),
+    ("completion_streaming", "streaming"),
+}
 
 FOREIGN = {
     L0: {"fastapi", "starlette", "uvicorn", "vllm", "ray", "time", "datetime"},

@@ -4,9 +4,10 @@ import json
 
 from fastapi import APIRouter, Request, Response
 
-from ochat_serve.chat_service import ignored_header
+from ochat_serve.notes import ignored_header
 from ochat_serve.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from ochat_serve.routes.body import read_json
+from ochat_serve.routes.connection import until_disconnect
 from ochat_serve.routes.json_bounds import MAX_TOKEN_IDS
 from ochat_serve.routes.replies import caller_of, record_of
 from ochat_serve.routes.uploads import Uploads
@@ -22,14 +23,18 @@ def router(serving: Serving, uploads: Uploads) -> APIRouter:
         """The token ids of a text, or of a conversation as the model would see it."""
         service = serving.require_chat()
         body = await read_json(request, TokenizeRequest, uploads)
-        return _response(await tokenize(service, body, record_of(request), caller_of(request)))
+        async with until_disconnect(request.scope, request.receive):
+            told = await tokenize(service, body, record_of(request), caller_of(request))
+        return _response(told)
 
     @routes.post("/detokenize")
     async def create_text(request: Request) -> Response:
         """The text of token ids."""
         service = serving.require_chat()
         body = await read_json(request, DetokenizeRequest, uploads, MAX_TOKEN_IDS)
-        return _response(await detokenize(service, body, record_of(request), caller_of(request)))
+        async with until_disconnect(request.scope, request.receive):
+            told = await detokenize(service, body, record_of(request), caller_of(request))
+        return _response(told)
 
     return routes
 

@@ -245,7 +245,7 @@ def test_cached_tokens_are_told(demo: Demo) -> None:
 
 def test_stream_period(demo: Demo) -> None:
     """Fewer events, the same text, and the first token on its own."""
-    limits = demo.serving.chat._limits
+    limits = demo.serving.chat.sampling_limits
     by_one = stream(demo, COUNT, max_tokens=21)
     try:
         object.__setattr__(limits, "stream_interval", 6)
