@@ -27,7 +27,7 @@ from ochat_serve.middleware.gateway import Gateway
 from ochat_serve.middleware.host import ANY, HostCheck
 from ochat_serve.middleware.owner import OwnerCheck
 from ochat_serve.request_log import Log, RequestRecord
-from ochat_serve.routes import chat, models, ops, usage
+from ochat_serve.routes import chat, completions, models, ops, tokens, usage
 from ochat_serve.routes.event_stream import OpenStreams
 from ochat_serve.routes.replies import on_api_error
 from ochat_serve.routes.uploads import Uploads
@@ -94,7 +94,10 @@ def create_app(
         middleware=_middleware(settings, writers, content, keys, serving.limits),
         servers=[{"url": settings.root_path}] if settings.root_path else None,
     )
-    app.include_router(chat.router(serving, streams, Uploads(settings.max_body_bytes)))
+    uploads = Uploads(settings.max_body_bytes)
+    app.include_router(chat.router(serving, streams, uploads))
+    app.include_router(completions.router(serving, streams, uploads))
+    app.include_router(tokens.router(serving, uploads))
     app.include_router(models.router(serving))
     app.include_router(ops.router(serving, log))
     app.include_router(usage.router(ledger, time.time))

@@ -5,13 +5,14 @@ event in the stream.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 from ochat_serve.chat_request import ReplyForm
 from ochat_serve.errors import ApiError
-from ochat_serve.generation import Generation, SamplingOptions, Usage
+from ochat_serve.generation import Delta, Generation, SamplingOptions, Usage
 from ochat_serve.request_log import RequestRecord
 from ochat_serve.run import Run
 from ochat_serve.streaming import (
@@ -22,6 +23,40 @@ from ochat_serve.streaming import (
     ReplyHead,
     error_event,
 )
+
+
+class Writer(Protocol):
+    """What writes the events of a stream: ``streaming.EventWriter`` or its like."""
+
+    def begin(self, choices: int) -> bytes: ...
+
+    def deltas(self, deltas: Iterable[Delta]) -> bytes: ...
+
+    def usage(self, usage: Usage) -> bytes: ...
+
+
+class Body(Protocol):
+    """What gathers a whole answer: ``streaming.Collector`` or its like."""
+
+    @property
+    def texts(self) -> list[str]: ...
+
+    def add(self, deltas: Iterable[Delta]) -> None: ...
+
+    def body(
+        self, head: ReplyHead, usage: Usage, *, logprobs: bool, metadata: dict[str, str] | None
+    ) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """The shapes of one endpoint."""
+
+    writer: Callable[..., Writer]  # of a head, with usage, logprobs and obfuscation
+    body: Callable[[int], Body]  # of so many choices
+
+
+CHAT = Wire(EventWriter, Collector)
 
 # request id -> the generation, within a context
 Generate = Callable[[str], AbstractAsyncContextManager[Generation]]
@@ -43,7 +78,10 @@ class Chat:
         run: StartRun,
         drops_first_space: bool,
         keep_outputs: bool,
+        choices: int | None = None,
+        wire: Wire = CHAT,
     ) -> None:
+        """``choices`` is their number, where it is not ``options.n``."""
         self.head = head
         self.form = form
         self.headers: dict[str, str] = {}
@@ -53,21 +91,23 @@ class Chat:
         self._start_run = run
         self._drops_first_space = drops_first_space
         self._keep_outputs = keep_outputs
+        self._choices = choices or options.n
+        self._wire = wire
 
     def stream(self) -> "ChatStream":
         """The answer as events."""
-        writer = EventWriter(
+        writer = self._wire.writer(
             self.head,
             usage=self.form.include_usage,
             logprobs=self._options.logprobs is not None,
             obfuscation=self.form.include_obfuscation,
         )
-        outputs = Collector(self._options.n) if self._keep_outputs else None
-        return ChatStream(self._run(), writer, outputs, self.form, self._options.n)
+        outputs = self._wire.body(self._choices) if self._keep_outputs else None
+        return ChatStream(self._run(), writer, outputs, self.form, self._choices)
 
     async def body(self) -> bytes:
         """The one-body answer.  Raises ``ApiError``."""
-        collector = Collector(self._options.n)
+        collector = self._wire.body(self._choices)
         try:
             async with self._run() as source:
                 ready = asyncio.Event()
@@ -88,7 +128,7 @@ class Chat:
         )
 
     def _run(self) -> Run:
-        self._record.finish_reasons = [None] * self._options.n
+        self._record.finish_reasons = [None] * self._choices
         spaces = FirstSpaces() if self._drops_first_space else None
         return self._start_run(
             context=self._generate(self.head.id), record=self._record, spaces=spaces
@@ -102,8 +142,8 @@ class ChatStream:
     def __init__(
         self,
         source: Run,
-        writer: EventWriter,
-        outputs: Collector | None,
+        writer: Writer,
+        outputs: Body | None,
         form: ReplyForm,
         choices: int,
     ) -> None:

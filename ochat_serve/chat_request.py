@@ -3,7 +3,7 @@
 Everything that can be refused without the model is refused here, before any text is encoded.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -83,19 +83,19 @@ def refuse_unserved(request: ChatCompletionRequest) -> None:
             param="tools",
             code="invalid_value",
         )
-    if (name := _refused(extra, REFUSED)) is not None:
+    if (name := first_refused(extra, REFUSED)) is not None:
         raise UnsupportedParameter(f"This server does not support '{name}'.", param=name)
     if tools is not None and extra.get("tool_choice") != "none":
         raise UnsupportedParameter("This server does not support 'tools'.", param="tools")
     for position, message in enumerate(request.messages):
-        if (name := _refused(message.model_extra or {}, REFUSED_IN_MESSAGES)) is not None:
+        if (name := first_refused(message.model_extra or {}, REFUSED_IN_MESSAGES)) is not None:
             raise UnsupportedParameter(
                 f"This server does not support '{name}' in messages.",
                 param=f"messages.[{position}].{name}",
             )
 
 
-def _refused(given: Mapping[str, Any], table: Mapping[str, Harmless]) -> str | None:
+def first_refused(given: Mapping[str, Any], table: Mapping[str, Harmless]) -> str | None:
     """The first of ``table`` that was given with a value that is not harmless."""
     if not given:
         return None
@@ -115,15 +115,23 @@ def ignored_fields(request: ChatCompletionRequest, *, uses_condition: bool) -> l
     Raises ``InvalidRequest`` for more of them than a request may have.
     """
     # What is refused otherwise was given with a value that changes nothing.
-    names = _given(request) - REFUSED.keys()
+    names = unknown_fields(request) - REFUSED.keys()
     if request.stream_options is not None:
-        names |= {f"stream_options.{name}" for name in _given(request.stream_options)}
+        names |= {f"stream_options.{name}" for name in unknown_fields(request.stream_options)}
     for message in request.messages:
-        names |= {f"messages.{name}" for name in _given(message) - REFUSED_IN_MESSAGES.keys()}
+        names |= {
+            f"messages.{name}" for name in unknown_fields(message) - REFUSED_IN_MESSAGES.keys()
+        }
         for part in message.content if isinstance(message.content, list) else ():
-            names |= {f"messages.content.{name}" for name in _given(part)}
+            names |= {f"messages.content.{name}" for name in unknown_fields(part)}
     if request.condition and not uses_condition:
         names.add("condition")
+    return named(names)
+
+
+def named(names: Set[str]) -> list[str]:
+    """Fields without effect, sorted, as many as are told.  Raises ``InvalidRequest`` for more of
+    them than a request may have."""
     if len(names) > MAX_UNKNOWN_FIELDS:
         raise InvalidRequest(
             f"The request has {len(names)} fields that this server does not know; it takes at "
@@ -133,7 +141,7 @@ def ignored_fields(request: ChatCompletionRequest, *, uses_condition: bool) -> l
     return sorted(names)[:MAX_NAMED_IGNORED]
 
 
-def _given(model: BaseModel) -> set[str]:
+def unknown_fields(model: BaseModel) -> set[str]:
     """Names of the fields that ``model`` does not know and that are not null."""
     return {name for name, value in (model.model_extra or {}).items() if value is not None}
 
@@ -195,7 +203,7 @@ ONE_BODY_INTERVAL = 32
 def check_sampling(request: ChatCompletionRequest, limits: Limits) -> None:
     """Everything about sampling that types and ranges cannot say.  Raises ``InvalidRequest``."""
     # Greedy choices are copies of one.
-    most = min(limits.max_n, limits.max_places) if _temperature(request, limits) else limits.max_n
+    most = min(limits.max_n, limits.max_places) if temperature_of(request, limits) else limits.max_n
     if (request.n or 1) > most:
         raise InvalidRequest(
             f"Invalid value for 'n': this server makes at most {most} choices, not "
@@ -230,7 +238,8 @@ def check_sampling(request: ChatCompletionRequest, limits: Limits) -> None:
         )
 
 
-def _temperature(request: ChatCompletionRequest, limits: Limits) -> float:
+def temperature_of(request: ChatCompletionRequest, limits: Limits) -> float:
+    """0.0 is greedy: all choices are copies of one."""
     if request.top_p == 0:  # the smallest nucleus is the likeliest token
         return 0.0
     return limits.default_temperature if request.temperature is None else request.temperature
@@ -258,7 +267,7 @@ def sampling_options(
     return SamplingOptions(
         max_tokens=max_tokens,
         n=request.n or 1,
-        temperature=_temperature(request, limits),
+        temperature=temperature_of(request, limits),
         top_p=request.top_p or 1.0,
         top_k=max(request.top_k or 0, 0),
         min_p=request.min_p or 0.0,

@@ -5,16 +5,16 @@ Whatever can be refused is refused in ``ChatService.prepare``, before any work h
 
 import hmac
 import math
-import re
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import shortuuid
 
 from ochat_serve.admission import Admission
 from ochat_serve.caller import Caller
-from ochat_serve.chat import Chat
+from ochat_serve.chat import Chat, StartRun
 from ochat_serve.chat_request import (
     Limits,
     ReplyForm,
@@ -26,27 +26,30 @@ from ochat_serve.chat_request import (
     sampling_options,
 )
 from ochat_serve.errors import InvalidRequest, ModelNotFound, PermissionDenied
-from ochat_serve.generation import (
-    Conversation,
-    EngineInfo,
-    SamplingOptions,
-    ServedModel,
-    Usage,
-)
+from ochat_serve.generation import Conversation, EngineInfo, SamplingOptions, ServedModel, Usage
 from ochat_serve.health import Health
 from ochat_serve.limits import Limits as KeyLimits
+from ochat_serve.notes import logged, notes, printable
 from ochat_serve.protocol.chat import ChatCompletionRequest
+from ochat_serve.protocol.sampling import SamplingRequest
+from ochat_serve.protocol.tokens import DetokenizeRequest
 from ochat_serve.request_log import RequestRecord
 from ochat_serve.run import Run, RunningChats, Terms
 from ochat_serve.settings import Settings
 from ochat_serve.streaming import ReplyHead
 
-IGNORED_HEADER = "x-ochat-ignored"
-MAX_TOKENS_HEADER = "x-ochat-max-tokens"
+T = TypeVar("T")
 
-_DEFAULTS = asdict(SamplingOptions(max_tokens=0))
-del _DEFAULTS["stream_interval"]  # the server's choice, not the client's
-_TOLD_BY_NUMBER = frozenset({"stop", "logit_bias", "stop_token_ids"})
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A chat's prompt, and what was found out on the way to it."""
+
+    conversation: Conversation
+    token_ids: list[int]
+    salt: str | None
+    form: ReplyForm
+    ignored: list[str]
 
 
 class ChatService:
@@ -75,7 +78,7 @@ class ChatService:
         self._clock = clock
         self._now = now
         temperature = settings.default_temperature
-        self._limits = Limits(
+        self.sampling_limits = Limits(
             max_model_len=served.engine.info.max_model_len,
             vocab_size=served.engine.info.vocab_size,
             max_n=settings.max_n,
@@ -96,75 +99,124 @@ class ChatService:
     ) -> Chat:
         """Check everything, render the prompt.  Raises ``ApiError``; starts no work.
         ``timeout_s`` is what the client wants to wait at most."""
-        arrived = self._clock()
-        record.user = request.user or request.safety_identifier
-        record.metadata = request.metadata
-        record.model = self._model_name(request.model, caller)
-        if record.keeps_content:
-            record.request = request.model_dump_json(exclude_unset=True)
-        refuse_unserved(request)
-        form = reply_form(request)
-        ignored = ignored_fields(request, uses_condition=self.served.prompts.uses_condition)
-        if ignored and self._strict:
-            raise InvalidRequest(
-                f"Unrecognized request argument supplied: {_printable(ignored)}.",
-                param=ignored[0][:64],
-                code="unknown_parameter",
-            )
-        check_sampling(request, self._limits)
-        prompt = conversation(request)
-        salt = cache_salt(self._cache_secret, caller.name)
-        prompt_token_ids = await self._render(prompt, caller, salt)
-        options = sampling_options(request, self._limits, len(prompt_token_ids))
-        record.usage = Usage(prompt_tokens=len(prompt_token_ids))
-        record.parameters = _logged(options, form)
+        elapsed = self.stopwatch()
+        prompt = await self.prompt(request, record, caller)
+        options = sampling_options(request, self.sampling_limits, len(prompt.token_ids))
+        record.usage = Usage(prompt_tokens=len(prompt.token_ids))
+        record.parameters = logged(options, prompt.form)
         chat = Chat(
-            head=ReplyHead(
-                id=f"chatcmpl-{shortuuid.uuid()}",
-                created=int(self._now()),
-                model=record.model,
-                system_fingerprint=self.served.system_fingerprint,
-            ),
-            form=form,
+            head=self.reply_head("chatcmpl", record),
+            form=prompt.form,
             options=options,
             record=record,
             generate=partial(
                 self.served.engine.generate,
-                prompt_token_ids=prompt_token_ids,
+                prompt_token_ids=prompt.token_ids,
                 options=options,
-                cache_salt=salt,
+                cache_salt=prompt.salt,
             ),
-            run=partial(
-                Run,
-                terms=Terms(
-                    caller=caller,
-                    choices=options.n,
-                    places=options.n if options.temperature else 1,  # greedy ones are copies
-                    max_tokens=options.max_tokens,
-                    queue_timeout_s=self._queue_timeout_s,
-                    timeout_s=min(timeout_s, self._request_timeout_s),
-                    elapsed=lambda: self._clock() - arrived,
-                ),
-                admission=self.admission,
-                limits=self._key_limits,
-                running=self.running,
+            run=self.on_terms(caller, [options], elapsed, timeout_s),
+            drops_first_space=(
+                self.served.prompts.begins_with_space and not prompt.conversation.continues
             ),
-            drops_first_space=self.served.prompts.begins_with_space and not prompt.continues,
             keep_outputs=record.keeps_content,
         )
-        record.id = chat.head.id
-        chat.headers |= _notes(ignored, request, options)
+        chat.headers |= notes(prompt.ignored, request, options)
         return chat
 
-    async def _render(self, prompt: Conversation, caller: Caller, salt: str | None) -> list[int]:
-        """A long prompt is one of its key's parallel requests already, and refused before it costs
+    async def prompt(
+        self, request: ChatCompletionRequest, record: RequestRecord, caller: Caller
+    ) -> Prompt:
+        """What the model is to see.  Raises ``ApiError`` for all that a chat is refused for
+        before its prompt is known."""
+        record.user = request.user or request.safety_identifier
+        record.metadata = request.metadata
+        self.accept(request, record, caller)
+        refuse_unserved(request)
+        form = reply_form(request)
+        ignored = ignored_fields(request, uses_condition=self.served.prompts.uses_condition)
+        self.refuse_if_strict(ignored)
+        check_sampling(request, self.sampling_limits)
+        said = conversation(request)
+        salt = self.salt(caller)
+        most = self.sampling_limits.max_model_len
+        render = partial(self.served.prompts.render, said, most, salt)
+        token_ids = await self.encoded(caller, said, render)
+        return Prompt(said, token_ids, salt, form, ignored)
+
+    def accept(
+        self, request: SamplingRequest | DetokenizeRequest, record: RequestRecord, caller: Caller
+    ) -> None:
+        """Note in the record what a request says, and check that the caller may ask this model.
+        Raises ``ModelNotFound`` and ``PermissionDenied``."""
+        record.model = self._model_name(request.model, caller)
+        if record.keeps_content:
+            record.request = request.model_dump_json(exclude_unset=True)
+
+    def refuse_if_strict(self, ignored: list[str]) -> None:
+        """Raises ``InvalidRequest`` for fields without effect, where those are refused."""
+        if ignored and self._strict:
+            raise InvalidRequest(
+                f"Unrecognized request argument supplied: {printable(ignored)}.",
+                param=ignored[0][:64],
+                code="unknown_parameter",
+            )
+
+    def salt(self, caller: Caller) -> str | None:
+        return cache_salt(self._cache_secret, caller.name)
+
+    def reply_head(self, prefix: str, record: RequestRecord) -> ReplyHead:
+        """Of a new answer, whose id stands in the record, too."""
+        record.id = f"{prefix}-{shortuuid.uuid()}"
+        return ReplyHead(
+            id=record.id,
+            created=int(self._now()),
+            model=record.model or self.served.names[0],
+            system_fingerprint=self.served.system_fingerprint,
+        )
+
+    def stopwatch(self) -> Callable[[], float]:
+        """How many seconds have passed since this call."""
+        begun = self._clock()
+        return lambda: self._clock() - begun
+
+    def on_terms(
+        self,
+        caller: Caller,
+        options: Sequence[SamplingOptions],
+        elapsed: Callable[[], float],
+        timeout_s: float,
+    ) -> StartRun:
+        """A run of one or more prompts, each with its options, ``elapsed`` since its arrival."""
+        return partial(
+            Run,
+            terms=Terms(
+                caller=caller,
+                choices=sum(each.n for each in options),
+                # Greedy choices are copies of one.
+                places=sum(each.n if each.temperature else 1 for each in options),
+                max_tokens=max(each.max_tokens for each in options),
+                queue_timeout_s=self._queue_timeout_s,
+                timeout_s=min(timeout_s, self._request_timeout_s),
+                elapsed=elapsed,
+            ),
+            admission=self.admission,
+            limits=self._key_limits,
+            running=self.running,
+        )
+
+    async def encoded(
+        self, caller: Caller, said: Conversation, encode: Callable[[], Awaitable[T]]
+    ) -> T:
+        """What ``encode`` makes of all that is ``said``.
+
+        A long prompt is one of its key's parallel requests already, and refused before it costs
         anything if the key has nothing left: even one token would be too many."""
-        render = partial(self.served.prompts.render, prompt, self._limits.max_model_len, salt)
-        if not (caller.is_limited and self.served.prompts.is_long(prompt)):
-            return await render()
+        if not (caller.is_limited and self.served.prompts.is_long(said)):
+            return await encode()
         held, _ = await self._key_limits.reserve(caller, 1)
         try:
-            return await render()
+            return await encode()
         finally:
             await self._key_limits.settle(held, 0)
 
@@ -209,32 +261,3 @@ def cache_salt(secret: bytes, key: str | None) -> str | None:
     the time to the first token what another has asked.  Not to be guessed without the secret, and
     not the client's to choose; None without keys, where all are one."""
     return None if key is None else hmac.digest(secret, key.encode(), "sha256").hex()
-
-
-def _notes(
-    ignored: list[str], request: ChatCompletionRequest, options: SamplingOptions
-) -> dict[str, str]:
-    """Response headers that say what was not done as asked."""
-    notes = {}
-    if ignored:
-        notes[IGNORED_HEADER] = _printable(ignored)
-    asked = request.max_completion_tokens or request.max_tokens
-    if asked is not None and asked > options.max_tokens:
-        notes[MAX_TOKENS_HEADER] = str(options.max_tokens)
-    return notes
-
-
-def _printable(names: list[str]) -> str:
-    """A field name can be anything; a header value cannot, and neither begin nor end in spaces."""
-    return ", ".join(re.sub(r"[^!-~]", "?", name[:64]) or "?" for name in names)
-
-
-def _logged(options: SamplingOptions, form: ReplyForm) -> dict[str, object]:
-    """The parameters in the log: those that differ from the defaults.  Stop strings and biases
-    may hold what a user said: only their number is told."""
-    logged: dict[str, object] = {
-        name: len(value) if name in _TOLD_BY_NUMBER else value
-        for name, default in _DEFAULTS.items()
-        if (value := getattr(options, name)) != default
-    }
-    return logged | ({"stream": True} if form.stream else {})

@@ -69,14 +69,26 @@ class ContextLengthExceeded(InvalidRequest):
 
     default_code = "context_length_exceeded"
 
-    def __init__(self, max_model_len: int, prompt_tokens: int, *, at_least: bool = False) -> None:
+    def __init__(
+        self,
+        max_model_len: int,
+        prompt_tokens: int,
+        *,
+        at_least: bool = False,
+        param: str = "messages",
+    ) -> None:
         count = f"at least {prompt_tokens}" if at_least else str(prompt_tokens)
         super().__init__(
             f"This model's maximum context length is {max_model_len} tokens. However, your "
-            f"messages resulted in {count} tokens. Please reduce the length of the "
-            "messages.",
-            param="messages",
+            f"{param} resulted in {count} tokens. Please reduce the length of the {param}.",
+            param=param,
         )
+        self._counted = (max_model_len, prompt_tokens, at_least)
+
+    def about(self, param: str) -> "ContextLengthExceeded":
+        """The same of another field: where tokens are counted, nobody knows whose they are."""
+        max_model_len, prompt_tokens, at_least = self._counted
+        return ContextLengthExceeded(max_model_len, prompt_tokens, at_least=at_least, param=param)
 
 
 class InvalidApiKey(ApiError):

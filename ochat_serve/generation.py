@@ -183,7 +183,7 @@ class Engine(Protocol):
 
 
 class PromptRenderer(Protocol):
-    """Messages in, token ids out.  No text can become a control token."""
+    """Messages or text in, token ids out.  No text can become a control token."""
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -216,6 +216,31 @@ class PromptRenderer(Protocol):
         Raises ``errors.InvalidRequest`` where the template refuses,
         ``errors.ContextLengthExceeded`` where text has more tokens than ``max_tokens`` however it
         is encoded; a prompt that fits is never refused by that."""
+        ...
+
+    async def encode(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
+        cache_salt: str | None = None,
+    ) -> list[int]:
+        """The token ids of a text on its own, without any turn; in front, unless told otherwise,
+        what the tokenizer puts before every text: the beginning of sequence, where the model has
+        one.  For the rest as ``render``."""
+        ...
+
+    async def decode(self, token_ids: Sequence[int], cache_salt: str | None = None) -> str:
+        """The text that token ids stand for, control tokens spelled out; ids outside the
+        vocabulary stand for nothing.  Those of one ``cache_salt`` wait for each other, where there
+        are many."""
+        ...
+
+    async def token_strs(
+        self, token_ids: Sequence[int], cache_salt: str | None = None
+    ) -> list[str]:
+        """Each token as the vocabulary itself spells it (a space may be ``Ġ``)."""
         ...
 
 

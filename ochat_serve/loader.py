@@ -189,22 +189,16 @@ def load(
     Blocks; raises ``StartupError``."""
     source, args = prepare_engine(command, phase)
     from ochat_serve.engine import VllmEngine
-    from ochat_serve.templates.hf import HfTemplate
-    from ochat_serve.templates.registry import TEMPLATES
-    from ochat_serve.templates.renderer import TemplateRenderer
-    from ochat_serve.tokenizer import Tokenizer
+    from ochat_serve.prompts import open_prompts
 
     phase(PHASES[2])
-    tokenizer = Tokenizer.load(
+    tokenizer, prompts = open_prompts(
         args.tokenizer or source.path,
+        source.model_type,
         remember_bytes=int(command.settings.tokenizer_cache_mb * 2**20),
         revision=args.tokenizer_revision or args.revision,
         trust_remote_code=args.trust_remote_code,
     )
-    template = TEMPLATES.get(source.model_type) or HfTemplate(
-        tokenizer.chat_template(), tokenizer.control_tokens
-    )
-    prompts = TemplateRenderer(template, tokenizer)
     phase(PHASES[3])
     engine = VllmEngine.build(args, tokenizer.token_bytes, connection)
     fingerprint = f"{__version__} {engine.info} {source} {args.dtype} {args.quantization}"

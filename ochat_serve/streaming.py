@@ -36,7 +36,7 @@ _LINE_BREAKS = ("\x85", "\u2028", "\u2029")
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
-def _json(value: Any) -> bytes:
+def to_json(value: Any) -> bytes:
     """JSON that is one line to every reader."""
     text = _encode(value)
     if not text.isascii():
@@ -69,7 +69,7 @@ class EventWriter:
     """The events of one stream.  Every method returns whole events, ready to be sent."""
 
     def __init__(self, head: ReplyHead, *, usage: bool, logprobs: bool, obfuscation: bool) -> None:
-        fields = _json(head.fields("chat.completion.chunk"))
+        fields = to_json(head.fields("chat.completion.chunk"))
         self._head = b"data: " + fields[:-1] + b',"choices":['
         self._end = b',"usage":null' if usage else b""
         self._logprobs = logprobs
@@ -88,7 +88,7 @@ class EventWriter:
     def _delta(self, delta: Delta) -> bytes:
         chunk = b""
         if delta.text or (self._logprobs and delta.logprobs):
-            content = _json(delta.text)
+            content = to_json(delta.text)
             logprobs = (
                 _logprobs_json(_positions_json(delta.logprobs or ())) if self._logprobs else b"null"
             )
@@ -101,7 +101,7 @@ class EventWriter:
         head = self._open.get(index)
         if head is None:
             head = self._open[index] = self._head + b'{"index":%d,"delta":' % index
-        end = self._end + self._padding(len(delta)) if self._obfuscation else self._end
+        end = self._end + padding(len(delta)) if self._obfuscation else self._end
         return b"".join(
             (
                 head,
@@ -116,19 +116,20 @@ class EventWriter:
             )
         )
 
-    @staticmethod
-    def _padding(size: int) -> bytes:
-        length = -size % _OBFUSCATION_STEP
-        return b',"obfuscation":"%s"' % secrets.token_urlsafe(_OBFUSCATION_STEP)[:length].encode()
-
     def usage(self, usage: Usage) -> bytes:
         """The last chunk of a stream that was asked for its usage."""
-        return self._head + b'],"usage":' + _json(usage_fields(usage)) + b"}\n\n"
+        return self._head + b'],"usage":' + to_json(usage_fields(usage)) + b"}\n\n"
+
+
+def padding(size: int) -> bytes:
+    """What makes a text of ``size`` bytes no shorter than others; the end of a chunk."""
+    length = -size % _OBFUSCATION_STEP
+    return b',"obfuscation":"%s"' % secrets.token_urlsafe(_OBFUSCATION_STEP)[:length].encode()
 
 
 def error_event(error: ApiError) -> bytes:
     """An error in a stream that has begun, and the stream's end."""
-    return b"data: " + _json(error.body()) + b"\n\n" + DONE
+    return b"data: " + to_json(error.body()) + b"\n\n" + DONE
 
 
 @dataclass(slots=True)
@@ -160,23 +161,23 @@ class Collector:
         self, head: ReplyHead, usage: Usage, *, logprobs: bool, metadata: dict[str, str] | None
     ) -> bytes:
         """The JSON body of the whole answer."""
-        fields = _json(head.fields("chat.completion"))
+        fields = to_json(head.fields("chat.completion"))
         choices = b",".join(
             self._choice(index, choice, logprobs) for index, choice in enumerate(self._choices)
         )
         ending: dict[str, Any] = {"usage": usage_fields(usage)}
         if metadata is not None:
             ending["metadata"] = metadata
-        return fields[:-1] + b',"choices":[' + choices + b"]," + _json(ending)[1:]
+        return fields[:-1] + b',"choices":[' + choices + b"]," + to_json(ending)[1:]
 
     @staticmethod
     def _choice(index: int, choice: _Choice, logprobs: bool) -> bytes:
         message = {"role": "assistant", "content": "".join(choice.texts), "refusal": None}
         return b'{"index":%d,"message":%s,"logprobs":%s,"finish_reason":%s}' % (
             index,
-            _json(message),
+            to_json(message),
             _logprobs_json(b",".join(choice.logprobs)) if logprobs else b"null",
-            _json(choice.finish_reason),
+            to_json(choice.finish_reason),
         )
 
 
@@ -199,7 +200,7 @@ def usage_fields(usage: Usage) -> dict[str, Any]:
 def _positions_json(positions: Iterable[PositionLogprobs]) -> bytes:
     """The positions of a choice's ``logprobs``, as JSON objects with commas between."""
     return b",".join(
-        _json(
+        to_json(
             _token_fields(position.sampled)
             | {"top_logprobs": [_token_fields(token) for token in position.top]}
         )
@@ -215,12 +216,13 @@ def _logprobs_json(positions: bytes) -> bytes:
 def _token_fields(token: TokenLogprob) -> dict[str, Any]:
     return {
         "token": token.token_bytes.decode("utf-8", "replace"),
-        "logprob": _finite(token.logprob),
+        "logprob": finite(token.logprob),
         "bytes": list(token.token_bytes),
     }
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
+    """A log probability that JSON can say."""
     if math.isnan(logprob):
         return _LOWEST_LOGPROB
     return min(max(logprob, _LOWEST_LOGPROB), 0.0)

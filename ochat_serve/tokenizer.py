@@ -5,12 +5,11 @@ template wrote; the other is told to take every control token for plain text and
 came from outside.  Its result is checked all the same: no control token leaves it.
 """
 
-import json
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import lru_cache
 from itertools import takewhile
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 from tokenizers import Tokenizer as Backend
@@ -22,6 +21,14 @@ from ochat_serve.fair_threads import FairThreads
 from ochat_serve.remembered import RememberedIds
 from ochat_serve.templates.hf import ApplyTemplate, ControlToken
 from ochat_serve.templates.segments import Literal, Plain, Segment
+from ochat_serve.token_backend import (
+    decode,
+    drop_first_prefix,
+    encode,
+    put_together,
+    taken_apart,
+    token_strs,
+)
 from ochat_serve.token_bytes import LongestToken, longest_token, spelling
 
 # Added tokens of this shape structure prompts even when the model does not call them special
@@ -29,9 +36,12 @@ from ochat_serve.token_bytes import LongestToken, longest_token, spelling
 _CONTROL_SHAPE = re.compile(r"\s*[<\[{].*[>\]}]\s*", re.DOTALL)
 # Encoding this much takes about a millisecond: more goes to a worker thread.
 _INLINE_CHARS = 4_000
+# Decoding this much, too.
+_INLINE_TOKENS = 4_000
 _WORKERS = 2
 _CACHED_LITERAL_CHARS = 64
 REMEMBER_BYTES = 64 * 2**20
+T = TypeVar("T")
 
 
 class Tokenizer:
@@ -49,7 +59,7 @@ class Tokenizer:
                 "which is needed to keep users' text apart from control tokens."
             )
         self._hf = hf_tokenizer
-        spec, model = _taken_apart(backend)
+        spec, model = taken_apart(backend)
         self._recognising, self._plain, self._inside, self._controls = _split(backend, spec, model)
         self._control_ids = frozenset(
             token_id
@@ -87,6 +97,9 @@ class Tokenizer:
     def token_id(self, token: str) -> int | None:
         token_id: int | None = self._recognising.token_to_id(token)
         return token_id
+
+    def is_control(self, token_id: int) -> bool:
+        return token_id in self._control_ids
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for; b"" for an id outside the vocabulary."""
@@ -126,6 +139,25 @@ class Tokenizer:
         if self._new_chars(parts, cache_salt) > _INLINE_CHARS:
             return await self._workers.run(cache_salt, lambda: self.encode_now(parts, cache_salt))
         return self.encode_now(parts, cache_salt)
+
+    async def decode(self, token_ids: Sequence[int], cache_salt: str | None = None) -> str:
+        return await self._of_tokens(decode, token_ids, cache_salt)
+
+    async def token_strs(
+        self, token_ids: Sequence[int], cache_salt: str | None = None
+    ) -> list[str]:
+        return await self._of_tokens(token_strs, token_ids, cache_salt)
+
+    async def _of_tokens(
+        self,
+        ask: Callable[[Backend, Sequence[int]], T],
+        token_ids: Sequence[int],
+        cache_salt: str | None,
+    ) -> T:
+        """Of many tokens by a thread, in turn for each salt."""
+        if len(token_ids) <= _INLINE_TOKENS:
+            return ask(self._recognising, token_ids)
+        return await self._workers.run(cache_salt, lambda: ask(self._recognising, token_ids))
 
     def _new_chars(self, segments: Iterable[Segment], salt: str | None) -> int:
         """How much there is to encode that is not remembered."""
@@ -170,7 +202,7 @@ class Tokenizer:
         return text, (inside and self._inside is not self._plain, salt)
 
     def _encode_plain(self, text: str, backend: Backend) -> list[int]:
-        ids = _encode(backend, text)
+        ids = encode(backend, text)
         if self._control_ids.isdisjoint(ids):
             return ids
         return self._encode_in_parts(text, backend)
@@ -181,10 +213,10 @@ class Tokenizer:
         start = 0
         for found in self._control_texts.finditer(text):
             cut = found.start() + 1
-            ids += _encode(backend, text[start:cut])
+            ids += encode(backend, text[start:cut])
             backend = self._inside
             start = cut
-        ids += _encode(backend, text[start:])
+        ids += encode(backend, text[start:])
         # What is left is a control token spelled by normalisation alone: it says nothing.
         return [token_id for token_id in ids if token_id not in self._control_ids]
 
@@ -228,12 +260,6 @@ def _in_front_of_every_text(hf_tokenizer: PreTrainedTokenizerBase) -> tuple[int,
     return tuple(takewhile(lambda token_id: token_id == bos or token_id != eos, ids))
 
 
-def _encode(backend: Backend, text: str) -> list[int]:
-    """``encode`` holds the interpreter's lock for its whole run; the batch form lets it go."""
-    ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
-    return ids
-
-
 def _split(
     backend: Backend, spec: dict[str, Any], model: str
 ) -> tuple[Backend, Backend, Backend, tuple[ControlToken, ...]]:
@@ -245,46 +271,17 @@ def _split(
         if token["special"] or _CONTROL_SHAPE.fullmatch(token["content"]):
             token["special"] = True
             controls.append(ControlToken(token["content"], token["lstrip"], token["rstrip"]))
-    plain = inside = _put_together(spec, model)
-    if _drop_first_prefix(spec["pre_tokenizer"]):
-        inside = _put_together(spec, model)
+    plain = inside = put_together(spec, model)
+    if drop_first_prefix(spec["pre_tokenizer"]):
+        inside = put_together(spec, model)
     plain.encode_special_tokens = inside.encode_special_tokens = True
     return backend, plain, inside, tuple(controls)
-
-
-_MODEL = '"model":{'
 
 
 def _longest_token(backend: Backend, spec: dict[str, Any]) -> LongestToken | None:
     if not isinstance(backend.model, models.BPE):
         return None
     return longest_token(spec, backend.get_vocab(), byte_fallback=backend.model.byte_fallback)
-
-
-def _taken_apart(backend: Backend) -> tuple[dict[str, Any], str]:
-    """What a tokenizer consists of, and its model (vocabulary and merges: megabytes) unread;
-    without what is only for training and batches.
-
-    The model is the last entry; before it the mark stands in no string, as quotes are escaped.
-    """
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = False
-    rest, _, model = backend.to_str().partition(_MODEL)
-    return json.loads(rest.rstrip(",") + "}"), model
-
-
-def _put_together(spec: dict[str, Any], model: str) -> Backend:
-    return Backend.from_str(json.dumps(spec)[:-1] + "," + _MODEL + model)
-
-
-def _drop_first_prefix(pre_tokenizer: dict[str, Any] | None) -> bool:
-    """Take away the space that is put in front of a prompt only; whether there was one."""
-    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
-    first = [step for step in steps if step and step.get("prepend_scheme") == "first"]
-    for step in first:
-        step["prepend_scheme"] = "never"
-    return bool(first)
 
 
 def _token_bytes_of(backend: Backend, spec: dict[str, Any]) -> Callable[[int], bytes]:

@@ -141,7 +141,7 @@ class ScriptedEngine:
 
 @dataclass
 class WordPrompts:
-    """Renders every word as one token: its length."""
+    """Renders every word as one token: its length; 1 stands before a text on its own."""
 
     stop_token_ids: tuple[int, ...] = (7,)
     default_temperature: float = 0.7
@@ -158,6 +158,24 @@ class WordPrompts:
         cache_salt: str | None = None,
     ) -> list[int]:
         return [len(word) for turn in conversation.turns for word in turn.text.split()]
+
+    async def encode(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
+        cache_salt: str | None = None,
+    ) -> list[int]:
+        return [1] * add_special_tokens + [len(word) for word in text.split()]
+
+    async def decode(self, token_ids: Sequence[int], cache_salt: str | None = None) -> str:
+        return " ".join("x" * token_id for token_id in token_ids)
+
+    async def token_strs(
+        self, token_ids: Sequence[int], cache_salt: str | None = None
+    ) -> list[str]:
+        return ["x" * token_id for token_id in token_ids]
 
 
 def served(engine: ScriptedEngine, prompts: WordPrompts | None = None) -> ServedModel:

@@ -21,6 +21,7 @@ LAYERS = (
     (
         "templates",
         "streaming",
+        "completion_streaming",
         "admission",
         "limits",
         "key_file",
@@ -31,6 +32,7 @@ LAYERS = (
         "remembered",
         "shares",
         "detokenizing",
+        "token_backend",
         "token_bytes",
         "request_log",
         "tls",
@@ -38,7 +40,21 @@ LAYERS = (
         "usage",
     ),
     ("engine", "tokenizer", "demo_model", "model_source", "redis_limits"),
-    ("clock", "chat_request", "run", "chat", "chat_service", "health", "serving", "self_check"),
+    (
+        "clock",
+        "chat_request",
+        "run",
+        "chat",
+        "chat_service",
+        "token_service",
+        "completion_request",
+        "completion_service",
+        "notes",
+        "together",
+        "health",
+        "serving",
+        "self_check",
+    ),
     ("app", "routes", "middleware"),
     (
         "openai_api_server",
@@ -49,6 +65,8 @@ LAYERS = (
         "loader",
         "parent",
         "meanwhile",
+        "prompts",
+        "show_prompt",
         "http_protocol",
         "http_bounds",
         "http_places",
@@ -72,7 +90,11 @@ OPEN_LAYERS = {
     L5: {L0, L1, L2, L3, L4, L5},
 }
 # Sideways imports that a layer forbids in general.  All of them.
-OPEN_PAIRS = {("model_source", "demo_model"), ("settings", "setting_values")}
+OPEN_PAIRS = {
+    ("model_source", "demo_model"),
+    ("settings", "setting_values"),
+    ("completion_streaming", "streaming"),
+}
 
 FOREIGN = {
     L0: {"fastapi", "starlette", "uvicorn", "vllm", "ray", "time", "datetime"},
@@ -87,7 +109,7 @@ ONLY_IN = {
     "transformers": {"tokenizer", "demo_model"},
     "torch": {"demo_model"},
     "redis": {"redis_limits"},
-    "argparse": {"cli", "keys"},
+    "argparse": {"cli", "keys", "show_prompt"},
     "psycopg": {"usage"},
     "uvicorn": {"server", "http_protocol", "http_refusals", "http_server", "meanwhile"},
 }

@@ -12,7 +12,10 @@ from ochat_serve import cli
 from ochat_serve.app import create_app
 from ochat_serve.caller import LogContent
 from ochat_serve.chat_request import REFUSED
+from ochat_serve.completion_request import REFUSED_HERE
 from ochat_serve.protocol.chat import ChatCompletionRequest
+from ochat_serve.protocol.completion import CompletionRequest
+from ochat_serve.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from ochat_serve.request_log import Outcome
 from ochat_serve.request_log.record import KEPT_CHARS
 from ochat_serve.serving import Serving
@@ -56,6 +59,8 @@ def test_every_route_is_in_the_readme() -> None:
 def test_every_field_is_in_the_api_table() -> None:
     documented = words_in_code(API)
     fields = {*ChatCompletionRequest.model_fields, *REFUSED}
+    fields |= {*TokenizeRequest.model_fields, *DetokenizeRequest.model_fields}
+    fields |= {*CompletionRequest.model_fields, *REFUSED_HERE}
     assert fields - {"store"} <= documented, fields - documented
     assert "`store: true`" in API
 

@@ -23,7 +23,7 @@ from ochat_serve.streaming import error_event
 
 logger = logging.getLogger(__name__)
 _CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
-_LOGGED_PREFIX = "/v1/"
+_LOGGED_PREFIXES = ("/v1/", "/tokenize", "/detokenize")
 _MAX_LOGGED_PATH = 256
 
 
@@ -104,7 +104,7 @@ class Boundary:
     def _finish(self, record: RequestRecord) -> None:
         if record.outcome is None:
             record.outcome = outcome_of(record.status, record.error)
-        if record.path.startswith(_LOGGED_PREFIX):
+        if record.path.startswith(_LOGGED_PREFIXES):
             for write in self._writers:
                 write(record)
 

@@ -1,4 +1,4 @@
-"""The most that one chat request may hold, and why that number.
+"""The most that one request may hold, and why that number.
 
 More is a 400 that names the field and both numbers, before any text is encoded.  Where OpenAI has
 a number, it is OpenAI's; the others leave room for every honest request and keep what a hostile
@@ -10,6 +10,8 @@ MAX_PARTS = 1_024  # of one message; they become one text
 MAX_STOP = 4  # OpenAI's
 MAX_STOP_CHARS = 1_000  # the engine looks for each in every new piece of text
 MAX_STOP_TOKEN_IDS = 64  # compared with every token; vocabularies have some ten that end a text
+MAX_PROMPTS = 16  # of a completion request; each is a request of its own to the engine
+MAX_LOGPROBS = 5  # of a completion request: OpenAI's
 MAX_LOGIT_BIAS = 300  # OpenAI's
 MAX_TOP_LOGPROBS = 20  # OpenAI's; each is a word for every token of the answer
 MAX_TOOLS = 128  # OpenAI's; they are not served, and must not cost either

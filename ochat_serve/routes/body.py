@@ -28,18 +28,21 @@ _GIVEN: dict[str, Callable[[Any], int | float]] = {
 _NOT_JSON = (b"NaN", b"Infinity")
 
 
-async def read_json(request: Request, model: type[Model], uploads: Uploads) -> Model:
-    """The body as ``model``.  Raises 413, 415, 503 or 400 as ``ApiError``."""
+async def read_json(
+    request: Request, model: type[Model], uploads: Uploads, max_ids: int = 0
+) -> Model:
+    """The body as ``model``; it may hold ``max_ids`` token ids.  Raises 413, 415, 503 or 400 as
+    ``ApiError``."""
     _check_content_type(request)
     with Upload(uploads, _sender(request)) as upload:
         body = await _read(request, upload)
         if len(body) <= _INLINE_BYTES:
-            return _parse(body, model)
-        return await asyncio.to_thread(_parse, body, model)
+            return _parse(body, model, max_ids)
+        return await asyncio.to_thread(_parse, body, model, max_ids)
 
 
-def _parse(body: bytes, model: type[Model]) -> Model:
-    check_values(body)
+def _parse(body: bytes, model: type[Model], max_ids: int) -> Model:
+    check_values(body, most_ids=max_ids)
     if any(word in body for word in _NOT_JSON):
         _refuse_infinities(body)
     try:

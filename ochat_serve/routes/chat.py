@@ -1,11 +1,14 @@
 """``POST /v1/chat/completions``."""
 
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 from starlette.routing import request_response
 
+from ochat_serve.chat import Chat
 from ochat_serve.protocol.chat import ChatCompletionRequest
 from ochat_serve.routes.body import read_json
 from ochat_serve.routes.connection import until_disconnect
@@ -32,13 +35,21 @@ def router(serving: Serving, streams: OpenStreams, uploads: Uploads) -> APIRoute
         """Answer a conversation, as one body or as a stream of events."""
         service = serving.require_chat()
         body = await read_json(request, ChatCompletionRequest, uploads)
-        async with until_disconnect(request.scope, request.receive):
-            chat = await service.prepare(
-                body, record_of(request), caller_of(request), timeout_of(request.scope)
-            )
-            if not chat.form.stream:
-                answer = await chat.body()
-                return Response(answer, media_type="application/json", headers=chat.headers)
-        return EventStream(chat.stream(), chat.headers, streams)
+        prepare = partial(
+            service.prepare, body, record_of(request), caller_of(request), timeout_of(request.scope)
+        )
+        return await answer(prepare, request, streams)
 
     return routes
+
+
+async def answer(
+    prepare: Callable[[], Awaitable[Chat]], request: Request, streams: OpenStreams
+) -> Response:
+    """In the form that was asked for.  Raises ``ApiError`` and ``ClientDisconnect``."""
+    async with until_disconnect(request.scope, request.receive):
+        chat = await prepare()
+        if not chat.form.stream:
+            body = await chat.body()
+            return Response(body, media_type="application/json", headers=chat.headers)
+    return EventStream(chat.stream(), chat.headers, streams)

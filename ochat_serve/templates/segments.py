@@ -99,6 +99,14 @@ class SegmentEncoder(Protocol):
         What is remembered serves the same ``cache_salt`` only."""
         ...
 
+    async def decode(self, token_ids: Sequence[int], cache_salt: str | None = None) -> str:
+        """The text, control tokens spelled out."""
+        ...
+
+    async def token_strs(
+        self, token_ids: Sequence[int], cache_salt: str | None = None
+    ) -> list[str]: ...
+
 
 def join_system(conversation: Conversation) -> tuple[str, Conversation]:
     """All system messages as one text, and the conversation without them.

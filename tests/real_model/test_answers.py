@@ -245,7 +245,7 @@ def test_cached_tokens_are_told(demo: Demo) -> None:
 
 def test_stream_period(demo: Demo) -> None:
     """Fewer events, the same text, and the first token on its own."""
-    limits = demo.serving.chat._limits
+    limits = demo.serving.chat.sampling_limits
     by_one = stream(demo, COUNT, max_tokens=21)
     try:
         object.__setattr__(limits, "stream_interval", 6)
@@ -322,3 +322,12 @@ def test_many_at_once(demo: Demo) -> None:
 def test_vllm_keeps_one_tokenizer(demo: Demo) -> None:
     """Its pool of copies, which nobody here would use, is a tenth of the front end's memory."""
     assert not isinstance(demo.engine._llm.get_tokenizer(), ThreadSafeHFTokenizerMixin)
+
+
+def test_tokenize_tells_what_the_engine_was_given(demo: Demo) -> None:
+    """By the engine's own count of the prompt, and by its text."""
+    told = httpx.post(demo.url + "/tokenize", json={"messages": FRANCE}).json()
+    assert told["count"] == ask(demo, FRANCE)["usage"]["prompt_tokens"] == 37
+    assert told["max_model_len"] == 2048
+    text = httpx.post(demo.url + "/detokenize", json={"tokens": told["tokens"]}).json()["prompt"]
+    assert text.endswith("France?<|im_end|>\n<|im_start|>assistant\n")
