@@ -118,19 +118,29 @@ def test_leaving_in_the_middle_frees_the_slot(protocol: type) -> None:
 
 
 def test_the_end_of_one_request_takes_nothing_from_the_next() -> None:
-    """It is told to the engine when its client has the whole answer, and asks for more."""
-    engine = ScriptedEngine(script=words("Hi"), ends=Wait())
-    with asked(engine, HttpProtocol) as (server, client):
+    engine = ScriptedEngine(script=words("Hi"))
+    with asked(engine, HttpProtocol) as (_, client):
         client.read_until(b"0\r\n\r\n")
         client.received.clear()
         engine.script = [Update([Delta(0, "a", 1)]), Wait()]
         client.post(CHAT, json.dumps(ASK).encode())
         client.read_until(b'"content":"a"')
-        assert engine.running == 2
-        server.loop.call_soon_threadsafe(engine.ends.go.set)
-        assert eventually(lambda: engine.running == 1)
         client.hang_up()
         assert eventually(lambda: engine.running == 0)
+
+
+def test_whoever_has_read_the_end_may_ask_again_at_once() -> None:
+    """The engine has been told and the place is free before the last bytes are sent."""
+    engine = ScriptedEngine(script=words("Hi", "!"), ends=Wait())
+    with asked(engine, HttpProtocol) as (server, client):
+        client.read_until(b'"content":"Hi"')
+        assert eventually(lambda: engine.generations and engine.generations[0].finished)
+        time.sleep(0.1)
+        assert b"[DONE]" not in client.received
+        assert engine.running == 1
+        server.loop.call_soon_threadsafe(engine.ends.go.set)
+        client.read_until(b"0\r\n\r\n")
+        assert engine.running == 0
 
 
 def settled(value: Callable[[], int]) -> int:
