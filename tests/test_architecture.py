@@ -38,6 +38,7 @@ LAYERS = (
         "tls",
         "ending",
         "usage",
+        "json_schema",
     ),
     ("engine", "tokenizer", "demo_model", "model_source", "redis_limits"),
     (
