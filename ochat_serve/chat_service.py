@@ -6,7 +6,7 @@ Whatever can be refused is refused in ``ChatService.prepare``, before any work h
 import hmac
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -25,8 +25,16 @@ from ochat_serve.chat_request import (
     reply_form,
     sampling_options,
 )
+from ochat_serve.constraint import constraint_of
 from ochat_serve.errors import InvalidRequest, ModelNotFound, PermissionDenied
-from ochat_serve.generation import Conversation, EngineInfo, SamplingOptions, ServedModel, Usage
+from ochat_serve.generation import (
+    Constraint,
+    Conversation,
+    EngineInfo,
+    SamplingOptions,
+    ServedModel,
+    Usage,
+)
 from ochat_serve.health import Health
 from ochat_serve.limits import Limits as KeyLimits
 from ochat_serve.notes import logged, notes, printable
@@ -50,6 +58,7 @@ class Prompt:
     salt: str | None
     form: ReplyForm
     ignored: list[str]
+    constraint: Constraint | None
 
 
 class ChatService:
@@ -102,6 +111,9 @@ class ChatService:
         elapsed = self.stopwatch()
         prompt = await self.prompt(request, record, caller)
         options = sampling_options(request, self.sampling_limits, len(prompt.token_ids))
+        if prompt.constraint is not None:
+            constraint = await self.served.grammars.checked(prompt.constraint, caller.name)
+            options = replace(options, constraint=constraint)
         record.usage = Usage(prompt_tokens=len(prompt.token_ids))
         record.parameters = logged(options, prompt.form)
         chat = Chat(
@@ -117,7 +129,9 @@ class ChatService:
             ),
             run=self.on_terms(caller, [options], elapsed, timeout_s),
             drops_first_space=(
-                self.served.prompts.begins_with_space and not prompt.conversation.continues
+                self.served.prompts.begins_with_space
+                and not prompt.conversation.continues
+                and prompt.constraint is None  # a space that a grammar asks for is the answer's
             ),
             keep_outputs=record.keeps_content,
         )
@@ -137,12 +151,13 @@ class ChatService:
         ignored = ignored_fields(request, uses_condition=self.served.prompts.uses_condition)
         self.refuse_if_strict(ignored)
         check_sampling(request, self.sampling_limits)
+        constraint = constraint_of(request, self.sampling_limits.template_stop_ids)
         said = conversation(request)
         salt = self.salt(caller)
         most = self.sampling_limits.max_model_len
         render = partial(self.served.prompts.render, said, most, salt)
         token_ids = await self.encoded(caller, said, render)
-        return Prompt(said, token_ids, salt, form, ignored)
+        return Prompt(said, token_ids, salt, form, ignored, constraint)
 
     def accept(
         self, request: SamplingRequest | DetokenizeRequest, record: RequestRecord, caller: Caller

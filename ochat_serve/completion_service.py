@@ -5,6 +5,7 @@ Everything from the admission on is a chat's: this only makes its prompts and na
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from ochat_serve.caller import Caller
@@ -19,6 +20,7 @@ from ochat_serve.completion_request import (
     refuse_unserved_here,
 )
 from ochat_serve.completion_streaming import CompletionCollector, CompletionWriter
+from ochat_serve.constraint import constraint_of
 from ochat_serve.errors import ContextLengthExceeded, InvalidRequest
 from ochat_serve.generation import Usage
 from ochat_serve.notes import logged, notes
@@ -47,6 +49,7 @@ async def prepare_completion(
     ignored = ignored_here(request)
     service.refuse_if_strict(ignored)
     check_sampling(asked, service.sampling_limits)
+    constraint = constraint_of(asked, service.sampling_limits.template_stop_ids)
     prompts = prompts_of(request)
     n = asked.n or 1
     sampled = n if temperature_of(asked, service.sampling_limits) else 1
@@ -54,6 +57,9 @@ async def prepare_completion(
     salt = service.salt(caller)
     said = as_said(prompt for prompt in prompts if isinstance(prompt, str))
     work = await service.encoded(caller, said, partial(_work, service, request, asked, salt))
+    if constraint is not None:
+        constraint = await service.served.grammars.checked(constraint, caller.name)
+        work = [(ids, replace(each, constraint=constraint)) for ids, each in work]
     options = [each for _, each in work]
     usage = Usage(prompt_tokens=sum(len(token_ids) for token_ids, _ in work))
     record.usage = usage

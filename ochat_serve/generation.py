@@ -1,8 +1,8 @@
-"""The words the layers share about one generation, and the two seams behind them.
+"""The words the layers share about one generation, and the seams behind them.
 
 ``Engine`` is the only way to a model: token ids in, deltas out.  ``PromptRenderer`` is the
-only way from messages to token ids.  vLLM and transformers stand behind them; the tests
-put scripted ones there.
+only way from messages to token ids.  ``GrammarChecker`` knows which grammars can be served.
+vLLM, transformers and xgrammar stand behind them; the tests put scripted ones there.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,6 +35,21 @@ class Conversation:
 
 
 @dataclass(frozen=True, slots=True)
+class Constraint:
+    """What an answer must look like: a JSON schema, a regular expression, or a grammar in EBNF,
+    which is our own for a ``choice``.  ``param`` and ``subject`` are for its errors."""
+
+    kind: Literal["json", "regex", "grammar", "choice"]
+    text: str = field(repr=False)
+    param: str = field(compare=False)
+    subject: str = field(compare=False)
+
+
+# The schema of JSON mode.
+ANY_OBJECT = '{"type":"object"}'
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingOptions:
     """How to sample, in vLLM's words.  ``max_tokens`` and ``stream_interval`` count tokens."""
 
@@ -56,6 +71,7 @@ class SamplingOptions:
     logit_bias: dict[int, float] | None = None
     logprobs: int | None = None
     stream_interval: int = 1
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +260,19 @@ class PromptRenderer(Protocol):
         ...
 
 
+class GrammarChecker(Protocol):
+    """Nothing that it has not passed reaches the engine, where a bad grammar is everybody's."""
+
+    async def checked(self, constraint: Constraint, caller: str | None) -> Constraint:
+        """The constraint as the engine is to have it.
+
+        Raises ``errors.InvalidRequest`` for what cannot be served, and ``errors.Unavailable`` where
+        that cannot be found out now.  ``caller`` is the key that waits its turn."""
+        ...
+
+    async def close(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class ServedModel:
     """The model behind the server, once it is ready."""
@@ -251,6 +280,7 @@ class ServedModel:
     names: tuple[str, ...]
     engine: Engine
     prompts: PromptRenderer
+    grammars: GrammarChecker
     created: int
     owned_by: str
     system_fingerprint: str = field(default="")

@@ -189,15 +189,20 @@ def load(
     Blocks; raises ``StartupError``."""
     source, args = prepare_engine(command, phase)
     from ochat_serve.engine import VllmEngine
+    from ochat_serve.grammar import Trial, TriedGrammars
     from ochat_serve.prompts import open_prompts
 
     phase(PHASES[2])
+    tokenizer_name = args.tokenizer or source.path
+    tokenizer_options = {
+        "revision": args.tokenizer_revision or args.revision,
+        "trust_remote_code": args.trust_remote_code,
+    }
     tokenizer, prompts = open_prompts(
-        args.tokenizer or source.path,
+        tokenizer_name,
         source.model_type,
         remember_bytes=int(command.settings.tokenizer_cache_mb * 2**20),
-        revision=args.tokenizer_revision or args.revision,
-        trust_remote_code=args.trust_remote_code,
+        **tokenizer_options,
     )
     phase(PHASES[3])
     engine = VllmEngine.build(args, tokenizer.token_bytes, connection)
@@ -206,6 +211,14 @@ def load(
         names=source.names,
         engine=engine,
         prompts=prompts,
+        grammars=TriedGrammars(
+            Trial(
+                tokenizer_name,
+                vocab_size=engine.info.vocab_size,
+                compact_json=args.structured_outputs_config.disable_any_whitespace,
+                options=tokenizer_options,
+            )
+        ),
         created=int(time.time()),
         owned_by=source.owned_by,
         system_fingerprint="fp_" + hashlib.sha256(fingerprint.encode()).hexdigest()[:10],

@@ -43,4 +43,6 @@ def logged(options: SamplingOptions, form: ReplyForm) -> dict[str, object]:
         for name, default in _DEFAULTS.items()
         if (value := getattr(options, name)) != default
     }
+    if options.constraint is not None:
+        logged["constraint"] = options.constraint.kind
     return logged | ({"stream": True} if form.stream else {})

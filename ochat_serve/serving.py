@@ -84,7 +84,9 @@ class Serving:
         return count
 
     async def close(self) -> None:
-        """End the engine, if there is one."""
+        """End the engine, if there is one, and what tries grammars out."""
+        if self.chat is not None:
+            await self.chat.served.grammars.close()
         engine = self.chat.served.engine if self.chat is not None else self.engine
         if engine is not None:
             await engine.close()

@@ -1,14 +1,15 @@
-"""Hermetic stand-ins for the two seams of ``generation``: no model, no clock, no threads."""
+"""Hermetic stand-ins for the seams of ``generation``: no model, no clock, no threads."""
 
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ochat_serve.chat_service import ChatService
 from ochat_serve.clock import periods
 from ochat_serve.generation import (
+    Constraint,
     Conversation,
     Delta,
     EngineInfo,
@@ -178,11 +179,34 @@ class WordPrompts:
         return ["x" * token_id for token_id in token_ids]
 
 
-def served(engine: ScriptedEngine, prompts: WordPrompts | None = None) -> ServedModel:
+@dataclass
+class ScriptedGrammars:
+    """Passes every grammar, or raises ``refuses``."""
+
+    refuses: Exception | None = None
+    asked: list[tuple[Constraint, str | None]] = field(default_factory=list)
+    closed: bool = False
+
+    async def checked(self, constraint: Constraint, caller: str | None) -> Constraint:
+        self.asked.append((constraint, caller))
+        if self.refuses is not None:
+            raise self.refuses
+        return replace(constraint, text=f"checked {constraint.text}")
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+def served(
+    engine: ScriptedEngine,
+    prompts: WordPrompts | None = None,
+    grammars: ScriptedGrammars | None = None,
+) -> ServedModel:
     return ServedModel(
         names=("openchat_3.6", "openchat/openchat-3.6-8b-20240522"),
         engine=engine,
         prompts=prompts or WordPrompts(),
+        grammars=grammars or ScriptedGrammars(),
         created=1_700_000_000,
         owned_by="openchat",
         system_fingerprint="fp_0",
@@ -194,9 +218,10 @@ def service(
     settings: Settings | None = None,
     prompts: WordPrompts | None = None,
     limits: Limits | None = None,
+    grammars: ScriptedGrammars | None = None,
 ) -> ChatService:
     return ChatService(
-        served(engine, prompts),
+        served(engine, prompts, grammars),
         settings or Settings(),
         clock=lambda: 0.0,
         now=lambda: 1_700_000_000.0,
@@ -206,6 +231,9 @@ def service(
 
 
 def serving(
-    engine: ScriptedEngine, settings: Settings | None = None, prompts: WordPrompts | None = None
+    engine: ScriptedEngine,
+    settings: Settings | None = None,
+    prompts: WordPrompts | None = None,
+    grammars: ScriptedGrammars | None = None,
 ) -> Serving:
-    return Serving(phase="ready", chat=service(engine, settings, prompts))
+    return Serving(phase="ready", chat=service(engine, settings, prompts, grammars=grammars))

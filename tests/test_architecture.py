@@ -40,10 +40,11 @@ LAYERS = (
         "usage",
         "json_schema",
     ),
-    ("engine", "tokenizer", "demo_model", "model_source", "redis_limits"),
+    ("engine", "tokenizer", "demo_model", "model_source", "redis_limits", "grammar"),
     (
         "clock",
         "chat_request",
+        "constraint",
         "run",
         "chat",
         "chat_service",
@@ -107,7 +108,8 @@ FOREIGN = {
 }
 ONLY_IN = {
     "vllm": {"engine"},
-    "transformers": {"tokenizer", "demo_model"},
+    "xgrammar": {"grammar"},
+    "transformers": {"tokenizer", "demo_model", "grammar"},
     "torch": {"demo_model"},
     "redis": {"redis_limits"},
     "argparse": {"cli", "keys", "show_prompt"},

@@ -114,6 +114,9 @@ FORM: dict[str, tuple[list[Any], list[tuple[Any, dict[str, Any]]]]] = {
     "user": (["", "u"], []),
     "safety_identifier": (["", "s"], []),
     "condition": (["", "Math Correct"], []),
+    # What they ask for is another module's: ``constraint``.
+    "response_format": ([{"type": "text"}, {"type": "json_object"}], []),
+    "structured_outputs": ([{"regex": "a"}], []),
 }
 # Parameters that are refused, and the values of each that change nothing.
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
@@ -134,12 +137,7 @@ REFUSALS: dict[str, tuple[list[Any], list[Any]]] = {
     "moderation": ([{"model": "omni"}], []),
     "prompt_logprobs": ([0, 1], []),
     "reasoning_effort": (["minimal", "low", "medium", "high", "max"], ["none"]),
-    "response_format": (
-        [{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}, {}, "text"],
-        [{"type": "text"}],
-    ),
     "store": ([True], [False]),
-    "structured_outputs": ([{"json": {}}], []),
     "tool_choice": (["auto", "required", TOOL], ["none"]),
     "tools": ([[TOOL], []], []),
     "use_beam_search": ([True], [False]),

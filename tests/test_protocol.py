@@ -119,6 +119,59 @@ FIELDS: dict[str, tuple[list[str], list[str]]] = {
         ["5", "[-1]", f"[{2**31}]", "[1.5]", '["5"]', json.dumps([*range(65)])],
     ),
     "skip_special_tokens": BOOL,
+    "response_format": (
+        [
+            '{"type":"text"}',
+            '{"type":"json_object"}',
+            '{"type":"json_schema"}',
+            '{"type":"json_schema","json_schema":{"name":"a_b-9","schema":{"a":1},"strict":true}}',
+            json.dumps({"type": "json_schema", "json_schema": {"name": "n" * 64}}),
+            '{"type":"text","json_schema":{"name":"x","description":"x","schema":null}}',
+        ],
+        [
+            "1",
+            '"text"',
+            "[]",
+            '{"type":"xml"}',
+            '{"type":1}',
+            '{"type":"json_schema","json_schema":[]}',
+            '{"type":"json_schema","json_schema":{"name":""}}',
+            '{"type":"json_schema","json_schema":{"name":"a b"}}',
+            '{"type":"json_schema","json_schema":{"name":"é"}}',
+            json.dumps({"type": "json_schema", "json_schema": {"name": "n" * 65}}),
+            '{"type":"json_schema","json_schema":{"name":"x","schema":[]}}',
+            '{"type":"json_schema","json_schema":{"name":"x","schema":true}}',
+            '{"type":"json_schema","json_schema":{"name":"x","strict":"yes"}}',
+        ],
+    ),
+    "structured_outputs": (
+        [
+            "{}",
+            '{"json":{"type":"object"}}',
+            '{"json":"{}"}',
+            '{"json_object":true}',
+            '{"regex":"a+"}',
+            '{"choice":["a","b"]}',
+            '{"grammar":"root ::= \\"a\\""}',
+            '{"json":null,"regex":null}',
+        ],
+        [
+            "1",
+            '{"json":[]}',
+            '{"json":1}',
+            json.dumps({"json": "x" * 131_073}),
+            '{"json_object":1}',
+            '{"regex":""}',
+            '{"regex":1}',
+            '{"regex":"\\u0000"}',
+            '{"choice":[]}',
+            '{"choice":[""]}',
+            '{"choice":[1]}',
+            '{"choice":"a"}',
+            '{"grammar":""}',
+            '{"grammar":["a"]}',
+        ],
+    ),
 }
 accepted = [(name, value) for name, (values, _) in FIELDS.items() for value in values]
 refused = [(name, value) for name, (_, values) in FIELDS.items() for value in values]
@@ -198,6 +251,27 @@ def test_refused_in_one_sentence(name: str, value: str):
             "Invalid value for 'messages.[0].content': must be a string or a list of text parts; "
             "this server takes no part of type 'image_url'.",
             "messages.[0].content",
+        ),
+        (
+            with_field("response_format", "{}"),
+            "Missing required parameter: 'response_format.type'.",
+            "response_format.type",
+        ),
+        (
+            with_field("response_format", '{"type":"json_schema","json_schema":{}}'),
+            "Missing required parameter: 'response_format.json_schema.name'.",
+            "response_format.json_schema.name",
+        ),
+        (
+            with_field("response_format", '{"type":"xml"}'),
+            "Invalid value for 'response_format.type': must be 'text', 'json_object' or "
+            "'json_schema'.",
+            "response_format.type",
+        ),
+        (
+            with_field("structured_outputs", '{"structural_tag":"x"}'),
+            "Unknown parameter: 'structured_outputs.structural_tag'.",
+            "structured_outputs.structural_tag",
         ),
         ("null", "The request body must be a JSON object.", None),
         ("[]", "The request body must be a JSON object.", None),

@@ -82,6 +82,10 @@ def the_sentence(done: subprocess.CompletedProcess[str]) -> str:
         (["--log-redact", "("], "--log-redact '(': is not a regular expression"),
         (["--config", "/no/such.yaml"], "--config /no/such.yaml cannot be read"),
         (["--key-file", "/no/such.json"], "The key file /no/such.json cannot be read: No such"),
+        (
+            ["--model", "demo", "--structured-outputs-config", '{"backend":"guidance"}'],
+            "--structured-outputs-config: the backend guidance is not supported;",
+        ),
     ],
 )
 def test_wrong_settings(arguments: list[str], said: str) -> None:

@@ -15,6 +15,8 @@ from ochat_serve.errors import StartupError
 # takes about a second and a half per GiB at every start.
 _CPU_KV_CACHE_BYTES = 1_088 * 2**20
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
+# The one that grammars are tried with before they get here.
+GRAMMAR_BACKEND = "xgrammar"
 _EAGER_FLAGS = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-cc", "-O")
 
 
@@ -46,6 +48,7 @@ def parse_engine_flags(
         args.max_model_len = context if given in (None, -1) else min(given, context)
     if current_platform.is_cpu():
         _cpu_defaults(args, flags)
+    _set_grammar_backend(args)
     _check_devices(args)
     _check_weights(args)
     return args
@@ -61,6 +64,18 @@ def _cpu_defaults(args: AsyncEngineArgs, flags: Sequence[str]) -> None:
     ):
         # vLLM would take nine tenths of the machine's memory, which is not a GPU's.
         args.kv_cache_memory_bytes = _CPU_KV_CACHE_BYTES
+
+
+def _set_grammar_backend(args: AsyncEngineArgs) -> None:
+    config = args.structured_outputs_config
+    if config.backend == "auto":
+        # White space between values would be free, and small models write it without end.
+        config.backend, config.disable_any_whitespace = GRAMMAR_BACKEND, True
+    if config.backend != GRAMMAR_BACKEND:
+        raise StartupError(
+            f"--structured-outputs-config: the backend {config.backend} is not supported; schemas "
+            f"and grammars are checked for {GRAMMAR_BACKEND}."
+        )
 
 
 def _check_devices(args: AsyncEngineArgs) -> None:

@@ -20,7 +20,11 @@ from vllm.envs import enable_envs_cache
 from vllm.exceptions import VLLMError
 from vllm.inputs.engine import tokens_input
 from vllm.renderers import hf as hf_renderer
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import (
+    RequestOutputKind,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -30,13 +34,14 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from ochat_serve.detokenizing import decode_stream
 from ochat_serve.engine.errors import api_error, startup_errors
+from ochat_serve.engine.flags import GRAMMAR_BACKEND
 from ochat_serve.engine.generations import CollectedGeneration, TextGeneration
 from ochat_serve.engine.processes import (
     how_it_ended,
     started_without_interrupt,
     when_one_ends,
 )
-from ochat_serve.generation import EngineInfo, Generation, SamplingOptions
+from ochat_serve.generation import Constraint, EngineInfo, Generation, SamplingOptions
 
 # Seeds of one request with n > 1 are consecutive; vLLM takes -1 for "no seed".
 _SEED_RANGE = 2**62
@@ -104,6 +109,9 @@ class VllmEngine:
         decoders.DecodeStream = decode_stream  # type: ignore[misc, assignment]
         # vLLM asks for it at every request, and the tokenizer finds it out anew.
         llm.renderer.get_eos_token_id = partial(_same, llm.renderer.get_eos_token_id())
+        # Or every request's grammar would be compiled again here, on the event loop; each was tried
+        # in another process before.
+        llm.input_processor.structured_outputs_config = None
         engine = cls(llm, token_bytes)
         if engine_pids:
             when_one_ends(engine_pids, engine._on_death)
@@ -230,5 +238,14 @@ def _sampling_params(options: SamplingOptions, n: int) -> SamplingParams:
         logprobs=options.logprobs,
         output_kind=RequestOutputKind.DELTA,
         stream_interval=options.stream_interval,
+        structured_outputs=options.constraint and _structured_outputs(options.constraint),
         skip_clone=True,
     )
+
+
+def _structured_outputs(constraint: Constraint) -> StructuredOutputsParams:
+    """vLLM's word for a constraint; the backend is the one that it was tried with."""
+    kind = "grammar" if constraint.kind == "choice" else constraint.kind
+    params = StructuredOutputsParams(**{kind: constraint.text})
+    params._backend = GRAMMAR_BACKEND
+    return params

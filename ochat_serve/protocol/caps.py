@@ -23,3 +23,11 @@ MAX_SAFETY_IDENTIFIER_CHARS = 128  # OpenAI's
 MAX_MODEL_CHARS = 1_024  # a path can be the name of a model
 MAX_CONDITION_CHARS = 64  # stands in every turn of the prompt
 MAX_UNKNOWN_FIELDS = 128  # different names, at all levels together; their names are sorted
+
+# What an answer must look like.  What compiling and using it costs is bounded where it is tried.
+MAX_SCHEMA_CHARS = 131_072  # OpenAI allows 120,000 in names and values
+MAX_SCHEMA_NAME_CHARS = 64  # OpenAI's
+MAX_DESCRIPTION_CHARS = 4_096  # for the model, which is not told of it
+MAX_REGEX_CHARS = 4_096
+MAX_GRAMMAR_CHARS = 32_768
+MAX_CHOICES = 1_000  # OpenAI's for the values of an enum

@@ -19,6 +19,7 @@ from ochat_serve.protocol.caps import (
     MAX_STOP_TOKEN_IDS,
     MAX_USER_CHARS,
 )
+from ochat_serve.protocol.structured import ResponseFormat, StructuredOutputs
 
 INT64_MAX = 2**63 - 1
 INT32_MAX = 2**31 - 1
@@ -105,6 +106,7 @@ class SamplingRequest(BaseModel):
     # The answer's form
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
     user: Annotated[str, Field(max_length=MAX_USER_CHARS)] | None = None
 
     # Extensions
@@ -121,3 +123,4 @@ class SamplingRequest(BaseModel):
         | None
     ) = None
     skip_special_tokens: bool | None = None
+    structured_outputs: StructuredOutputs | None = None

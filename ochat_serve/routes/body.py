@@ -102,6 +102,10 @@ def invalid_request(error: ValidationError) -> InvalidRequest:
         return InvalidRequest("The request body must be a JSON object.")
     if kind == "missing":
         return InvalidRequest(f"Missing required parameter: '{param}'.", param=param)
+    if kind == "extra_forbidden":
+        return InvalidRequest(
+            f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter"
+        )
     message = re.sub(r"^\w+ should ", "must ", message)
     message = re.sub(r" after validation(, not \d+)$", r"\1", message)
     if (given := _GIVEN.get(kind)) is not None:

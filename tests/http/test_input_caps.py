@@ -82,6 +82,15 @@ def nested(levels: int) -> object:
     return inner
 
 
+def structured(**fields: object) -> dict[str, object]:
+    return {"structured_outputs": fields}
+
+
+def named_schema(**fields: object) -> dict[str, object]:
+    schema = {"name": "x", "schema": {}, **fields}
+    return {"response_format": {"type": "json_schema", "json_schema": schema}}
+
+
 # what is capped: (its most, a request with so much of it, the param that is named)
 CAPS: dict[str, tuple[int, Any, str | None]] = {
     "messages": (caps.MAX_MESSAGES, lambda n: {"messages": [MESSAGE] * n}, "messages"),
@@ -117,6 +126,41 @@ CAPS: dict[str, tuple[int, Any, str | None]] = {
         caps.MAX_SAFETY_IDENTIFIER_CHARS,
         lambda n: {"safety_identifier": "x" * n},
         "safety_identifier",
+    ),
+    "regex": (
+        caps.MAX_REGEX_CHARS,
+        lambda n: structured(regex="x" * n),
+        "structured_outputs.regex",
+    ),
+    "grammar": (
+        caps.MAX_GRAMMAR_CHARS,
+        lambda n: structured(grammar="root ::= r".ljust(n, "r")),
+        "structured_outputs.grammar",
+    ),
+    "choices": (
+        caps.MAX_CHOICES,
+        lambda n: structured(choice=["x"] * n),
+        "structured_outputs.choice",
+    ),
+    "all choices": (
+        caps.MAX_GRAMMAR_CHARS,
+        lambda n: structured(choice=["x" * (n - len('root ::= ""'))]),
+        "structured_outputs.choice",
+    ),
+    "schema": (
+        caps.MAX_SCHEMA_CHARS,
+        lambda n: named_schema(schema={"title": "x" * (n - len('{"title":""}'))}),
+        "response_format.json_schema.schema",
+    ),
+    "name of a schema": (
+        caps.MAX_SCHEMA_NAME_CHARS,
+        lambda n: named_schema(name="x" * n),
+        "response_format.json_schema.name",
+    ),
+    "description of a schema": (
+        caps.MAX_DESCRIPTION_CHARS,
+        lambda n: named_schema(description="x" * n),
+        "response_format.json_schema.description",
     ),
     "condition": (caps.MAX_CONDITION_CHARS, lambda n: {"condition": "x" * n}, "condition"),
     "unknown fields": (caps.MAX_UNKNOWN_FIELDS, unknown, None),
