@@ -96,6 +96,13 @@ def test_structured_outputs(demo: Demo, fields: dict[str, Any], shape: str) -> N
     assert answer["choices"][0]["finish_reason"] == "stop"
 
 
+def test_completions_too(demo: Demo) -> None:
+    body = {"prompt": ["One, two,", "Red,"], "structured_outputs": {"regex": "[a-z]{3,9}!"}}
+    answer = httpx.post(demo.url + "/v1/completions", json=body, timeout=TIMEOUT_S).json()
+    assert all(re.fullmatch("[a-z]{3,9}!", choice["text"]) for choice in answer["choices"])
+    assert len(answer["choices"]) == 2
+
+
 def test_an_answer_that_is_cut_off_says_so(demo: Demo) -> None:
     form = json_schema(SCHEMA)
     answer = ask(demo, PERSON, response_format=form, max_tokens=5)
