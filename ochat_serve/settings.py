@@ -5,6 +5,7 @@ vLLM's engine flags are not settings; they pass through to vLLM unchanged.
 """
 
 import ipaddress
+from functools import lru_cache
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
@@ -289,6 +290,7 @@ class Settings(BaseModel):
         return int(self.max_body_mb * 2**20)
 
 
+@lru_cache(1024)  # asked of every request
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach ``host``."""
     if host == "localhost":

@@ -5,6 +5,7 @@ record per API request to the log and the ledger, whatever became of the request
 """
 
 import asyncio
+import itertools
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -22,6 +23,9 @@ from ochat_serve.routes.replies import error_response, header
 from ochat_serve.streaming import error_event
 
 logger = logging.getLogger(__name__)
+# Ids must differ, and need not be hard to guess: randomness is asked for once a process.
+_PROCESS = token_hex(8)
+_numbers = itertools.count()
 _CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _LOGGED_PREFIXES = ("/v1/", "/tokenize", "/detokenize")
 _MAX_LOGGED_PATH = 256
@@ -89,7 +93,9 @@ class Boundary:
     def _new_record(self, scope: Scope) -> RequestRecord:
         given = header(scope, b"x-request-id")
         request_id = (
-            given.decode() if given and _CLIENT_ID.fullmatch(given) else f"req-{token_hex(16)}"
+            given.decode()
+            if given and _CLIENT_ID.fullmatch(given)
+            else f"req-{_PROCESS}{next(_numbers):016x}"
         )
         client = scope.get("client")
         return RequestRecord(

@@ -6,6 +6,7 @@ from the user's browser, and the Host header is what gives them away.
 
 import ipaddress
 from collections.abc import Iterable
+from functools import lru_cache
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -21,6 +22,7 @@ class HostCheck:
     def __init__(self, app: ASGIApp, allowed: Iterable[str]) -> None:
         self._app = app
         self._allowed = frozenset(host.lower() for host in allowed) | {"localhost"}
+        self._is_ours = lru_cache(1024)(self._names_us)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -37,7 +39,7 @@ class HostCheck:
                 return
         await self._app(scope, receive, send)
 
-    def _is_ours(self, host: bytes) -> bool:
+    def _names_us(self, host: bytes) -> bool:
         name = _without_port(host.decode("latin-1")).lower().rstrip(".")
         return name in self._allowed or _is_loopback(name)
 
