@@ -11,6 +11,7 @@ from pathlib import Path
 
 SIZE = 512 * 1024
 _NOBODY = 65534
+_THIS_PROCESS = 0
 
 
 class TmpfsDisk:
@@ -35,26 +36,30 @@ class TmpfsDisk:
 
 class LimitedDisk:
     """Files may not grow beyond what they are: the kernel cuts a write short, then refuses, as
-    on a full disk.  For where nothing can be mounted."""
+    on a full disk.  For where nothing can be mounted.  The files are those of process ``pid``."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, pid: int = _THIS_PROCESS) -> None:
         self.folder = folder
-        self._before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        self._pid = pid
+        self._before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
 
     def fill(self, room: int = 0) -> None:
         largest = max(file.stat().st_size for file in self.folder.iterdir())
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room or largest + 500, self._before[1]))
+        self._limit((room or largest + 500, self._before[1]))
 
     def free(self) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, self._before)
+        self._limit(self._before)
+
+    def _limit(self, limits: tuple[int, int]) -> None:
+        resource.prlimit(self._pid, resource.RLIMIT_FSIZE, limits)
 
 
 @contextmanager
-def small_disk(*, mounted: bool) -> Iterator[TmpfsDisk | LimitedDisk]:
-    """One to fill: a mounted one where that is permitted.  Not in pytest's folders, which it
-    could not remove if a test was killed."""
+def small_disk(*, mounted: bool, size: int = SIZE) -> Iterator[TmpfsDisk | LimitedDisk]:
+    """One to fill, of ``size`` bytes: a mounted one where that is permitted.  Not in pytest's
+    folders, which it could not remove if a test was killed."""
     folder = Path(tempfile.mkdtemp())
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     is_mounted = mounted and subprocess.run(mount, capture_output=True).returncode == 0
     disk = TmpfsDisk(folder) if is_mounted else LimitedDisk(folder)
     try:

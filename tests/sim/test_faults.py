@@ -52,9 +52,10 @@ def ask(max_tokens: int, text: str = "x", **fields: object) -> dict:
     return {"messages": [{"role": "user", "content": text}], "max_tokens": max_tokens, **fields}
 
 
-def begun_stream(server: ServerProcess, max_tokens: int) -> RawClient:
+def begun_stream(server: ServerProcess, max_tokens: int, *headers: str) -> RawClient:
     client = RawClient(server.port)
-    client.post(CHAT, json.dumps(ask(max_tokens, stream=True)).encode())
+    body = json.dumps(ask(max_tokens, stream=True)).encode()
+    client.post(CHAT, body, "Content-Type: application/json", *headers)
     client.read_until(b'"content":"The"')
     return client
 
@@ -107,6 +108,32 @@ def test_a_stopped_engine_is_a_stall_until_it_goes_on(server: ServerProcess, bus
         assert b'"finish_reason":"length"' in received
         assert received.count(b'"content":"') >= 50, "nothing that was said is lost"
         stream.hang_up()
+
+
+def test_a_stopped_engine_keeps_nobody_beyond_their_time(
+    server: ServerProcess, folder: Path
+) -> None:
+    """Neither one whose time is over nor one that leaves waits for the engine."""
+    engine = engine_of(server)
+    began = round(time.time(), 3)
+    late = begun_stream(server, 8_000, "x-ochat-timeout-s: 2")
+    leaves = begun_stream(server, 8_000)
+    engine.suspend()
+    try:
+        received = late.read_until(END)
+        leaves.hang_up()
+        assert b'"code":"deadline_exceeded"' in received
+        assert b'"finish_reason":"' not in received
+        assert eventually(lambda: outcomes(folder, began) == ["abandoned", "timeout"])
+    finally:
+        engine.resume()
+        late.hang_up()
+    assert eventually(lambda: readiness(server) == (200, "ready"), within_s=30)
+
+
+def outcomes(folder: Path, began: float) -> list[str]:
+    lines = map(json.loads, (folder / "requests.log").read_text().splitlines())
+    return sorted(line["outcome"] for line in lines if line["time"] >= began)
 
 
 def test_ctrl_c_drains(server: ServerProcess, folder: Path) -> None:
