@@ -141,7 +141,8 @@ def named(names: Set[str]) -> list[str]:
 
 def unknown_fields(model: BaseModel) -> set[str]:
     """Names of the fields that ``model`` does not know and that are not null."""
-    return {name for name, value in (model.model_extra or {}).items() if value is not None}
+    extra = model.model_extra
+    return {name for name, value in extra.items() if value is not None} if extra else set()
 
 
 def conversation(request: ChatCompletionRequest) -> Conversation:

@@ -7,7 +7,7 @@ import hmac
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import TypeVar
 
 import shortuuid
@@ -271,6 +271,7 @@ def _slots(info: EngineInfo, settings: Settings) -> int:
     return max(1, (settings.max_inflight or info.max_num_seqs) // settings.api_server_count)
 
 
+@lru_cache(4096)  # asked of every request
 def cache_salt(secret: bytes, key: str | None) -> str | None:
     """What keeps a key's cached prompts from serving others: whoever shares a cache can tell by
     the time to the first token what another has asked.  Not to be guessed without the secret, and
