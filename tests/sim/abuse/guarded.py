@@ -104,8 +104,8 @@ class Guarded:
 
     def lines(self) -> list[dict[str, Any]]:
         """Of the log so far; what is just being written is not looked at."""
-        whole, _, _ = self.log.read_text().rpartition("\n")
-        return [json.loads(line) for line in whole.splitlines()]
+        *whole, _ = self.log.read_text().split("\n")
+        return [json.loads(line) for line in whole]
 
     def stored(self) -> list[Row]:
         """The accounts in the database."""
